@@ -1,0 +1,317 @@
+"""From masked to compact: remove zeroed filters so that the network computes exactly what it computed with them.
+
+A removed channel is not always zero for the next layer: behind a zeroed filter, batch norm and ReLU still emit a
+constant. Constants are measured, pushed exactly through the next layer (a bias, or one value per kernel tap where the
+convolution pads with zeros), and the result is compared with the masked network before anything is changed.
+
+Source: Soft Filter Pruning, section 1.1.5 of the specification.
+Differs: the reference compensates only the last batch norm of a block and silently drops the others.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersenet.errors import GraphError
+from tersenet.graph.constants import NotConstant, measure_constants, push_through
+from tersenet.graph.edits import Adapt, Attribute, Keep, Slice
+from tersenet.graph.labels import End
+from tersenet.graph.model import Kept, ModelGraph, NDArrayBool, axis_in, random_like
+from tersenet.graph.precision import full_float32
+from tersenet.graph.trace import evaluating, first_line, user_line
+from tersenet.graph.units import ChannelGroup
+from tersenet.nn.adapter import ChannelAdapter
+from tersenet.results import Equality
+
+Constants = Literal["auto", "exact", "zero"]
+
+
+@dataclass
+class Compaction:
+    """What `compact` did. `zeroed` are the groups whose batch norms and biases had to be silenced because exactness
+    was not to be had otherwise (or was asked for)."""
+
+    equality: Equality
+    zeroed: list[str] = field(default_factory=list[str])
+
+
+@dataclass
+class _Plan:
+    keeps: list[Keep] = field(default_factory=list[Keep])
+    adapts: list[Adapt] = field(default_factory=list[Adapt])
+    buffers: dict[tuple[str, str], Tensor] = field(default_factory=dict[tuple[str, str], Tensor])
+    biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def compact(graph: ModelGraph, kept: Kept, constants: Constants = "auto") -> Compaction:
+    """Zero what is not in `kept`, then remove it, by edits.
+
+    Args:
+        constants: what happens to the constants that biases and batch norm emit for removed channels. `exact`: they
+            are compensated, or the call is refused. `zero`: biases and batch norms are silenced (gamma = beta = 0)
+            before. `auto`: compensated where that can be exact, silenced elsewhere.
+
+    Raises:
+        GraphError: frozen groups, or a compact network that would not equal the masked one. Nothing is changed then.
+    """
+    gone = graph.removed(kept)
+    groups = [g for g in graph.groups if gone[g.units].any()]
+    ends = [graph.ends[member.end] for group in groups for member in group.members]
+    # Masking and silencing write into these; what only reads the channels stays as it is until the edits.
+    written = {name for end in ends if end.role != "consume" for name in end.tensors}
+    before = {name: graph.tensor(name).detach().clone() for name in written}
+    try:
+        mask(graph, kept)
+        plan, zeroed = _exact_plan(graph, groups, gone, constants)
+        equality = _rehearse(graph, plan)
+    except BaseException:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                graph.tensor(name).copy_(tensor)
+        raise
+    _carry_out(graph, plan)
+    return Compaction(equality, sorted(zeroed))
+
+
+def _exact_plan(
+    graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool, constants: Constants
+) -> tuple[_Plan, set[str]]:
+    """The edits, and the groups that had to be silenced for them."""
+    zeroed: set[str] = {g.name for g in groups} if constants == "zero" else set()
+    for group in groups:
+        if group.name in zeroed:
+            _silence(graph, group, gone)
+    while True:
+        try:
+            return _plan(graph, groups, gone), zeroed
+        except NotConstant as problem:
+            if constants == "exact" or problem.groups <= zeroed:
+                raise GraphError(
+                    f"removed channels of {', '.join(sorted(problem.groups))} are not constant at {problem}: the "
+                    "compact network would differ. Leave them out (exclude), or use constants: zero"
+                ) from None
+            for group in groups:
+                if group.name in problem.groups - zeroed:
+                    _silence(graph, group, gone)
+            zeroed |= problem.groups
+
+
+def _rehearse(graph: ModelGraph, plan: _Plan) -> Equality:
+    """Carry out the plan on a copy and compare. Raises: GraphError if the copy does not run, or differs."""
+    state = graph.model.state_dict(keep_vars=True)
+    trial = graph.copy(shared=[tensor for name, tensor in state.items() if name not in plan.biases])
+    try:
+        _carry_out(trial, plan)
+        masked, compacted = _run_both(graph.model, trial.model, graph.example)
+    except Exception as error:
+        raise GraphError(
+            f"{type(graph.model).__name__} does not run with fewer channels{user_line(error)}: {first_line(error)}. "
+            "Numbers of channels are probably fixed in its forward: take them from the tensors' shapes there, or leave "
+            "the layers before that line out (exclude). Nothing was removed"
+        ) from error
+    equality = _difference(masked, compacted, samples=graph.batch)
+    if not equality.relative <= equality.tolerance:
+        raise GraphError(
+            f"the compact network differs from the masked one by {equality.relative:.2g} of the largest output "
+            f"(allowed {equality.tolerance:.0e}); nothing was removed. Perhaps a branch in its forward depends on "
+            "numbers of channels: take it out, use another rate, or leave layers out (exclude)"
+        )
+    return equality
+
+
+@torch.no_grad()
+def mask(graph: ModelGraph, kept: Kept) -> None:
+    """Set the filters that make removed channels to zero. Their biases stay, and make constants of the channels."""
+    gone = graph.removed(kept)
+    for end in graph.ends:
+        index = torch.from_numpy(np.flatnonzero(gone[graph.units.of[end.labels]]))
+        if end.role == "produce" and len(index):
+            weight = graph.tensor(end.tensors[0])
+            weight.index_fill_(end.axis, index.to(weight.device), 0)
+
+
+def compare(a: nn.Module, b: nn.Module, example: tuple[Any, ...]) -> Equality:
+    """The largest difference between a masked network's and a compact one's outputs in evaluation mode, on noise
+    shaped like `example`.
+
+    Raises:
+        GraphError: outputs of different shapes, not finite, or without any number: there is nothing to compare.
+    """
+    return _difference(*_run_both(a, b, example), samples=int(example[0].shape[0]))
+
+
+def _run_both(a: nn.Module, b: nn.Module, example: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    inputs = random_like(example, seed=7)
+    with evaluating(a), evaluating(b), torch.no_grad(), full_float32():
+        return _tensors(a(*copy.deepcopy(inputs))), _tensors(b(*copy.deepcopy(inputs)))
+
+
+def _difference(masked: list[Tensor], compacted: list[Tensor], samples: int) -> Equality:
+    shapes, others = [[tuple(x.shape) for x in outputs] for outputs in (masked, compacted)]
+    if shapes != others:
+        raise GraphError(
+            f"the outputs of the compact network have the shapes {others}, the masked one's {shapes}: numbers of "
+            "channels reach the output. Nothing was removed; leave the last layers out (exclude)"
+        )
+    if not any(x.numel() for x in masked):
+        raise GraphError("the network's output holds no tensors that could be compared; nothing was removed")
+    for outputs, which in ((masked, "masked"), (compacted, "compact")):
+        if not all(bool(x.isfinite().all()) for x in outputs):
+            raise GraphError(
+                f"the outputs of the {which} network are not finite (NaN or infinite), so that they can't be compared; "
+                "nothing was removed. Check its weights and batch norm statistics"
+            )
+    pairs = [(_number(x), _number(y)) for x, y in zip(masked, compacted, strict=True) if x.numel()]
+    largest = max(float((x - y).abs().amax()) for x, y in pairs)
+    scale = max(float(x.abs().amax()) for x, _ in pairs)
+    return Equality(
+        max_abs=largest,
+        relative=largest / max(scale, 1e-30),
+        tolerance=1e-10 if masked[0].dtype == torch.float64 else 1e-5,
+        samples=samples,
+    )
+
+
+def _number(x: Tensor) -> Tensor:
+    """Truth values and integers as float64: the former can't be subtracted."""
+    return x if x.is_floating_point() or x.is_complex() else x.double()
+
+
+def _carry_out(graph: ModelGraph, plan: _Plan) -> None:
+    with torch.no_grad():
+        for name, delta in plan.biases.items():
+            bias = graph.tensor(name)
+            bias += delta.to(bias)
+    for edit in [*plan.keeps, *plan.adapts]:
+        graph.apply(edit)
+    for (module, name), value in plan.buffers.items():
+        # New buffers are zero; taps from an earlier compaction stay, and the new ones are added.
+        holder = graph.model.get_submodule(module)
+        buffer = holder.get_buffer(name)
+        setattr(holder, name, buffer + value.to(buffer))
+
+
+def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool) -> _Plan:
+    of = graph.units.of
+    plan = _Plan()
+    for group in groups:
+        plan.keeps.append(_keep(graph, group, gone))
+    scattered = {g.scatter: g for g in groups if g.scatter is not None}
+    constants = measure_constants(graph, gone, set(scattered))
+    wraps: dict[str, dict[str, Any]] = {}
+    for index, group in scattered.items():
+        end = graph.ends[index]
+        removed = gone[of[end.labels]]
+        wraps.setdefault(end.layer, {}).update(scatter=tuple(np.flatnonzero(~removed).tolist()), width=len(end.labels))
+        _need_module(graph, end, group)
+        values = torch.zeros(len(end.labels), dtype=torch.float64)
+        values[torch.from_numpy(np.flatnonzero(removed))] = constants[index]
+        plan.buffers[end.layer, "constant"] = values
+    for index, end in enumerate(graph.ends):
+        if end.role != "consume" or end.reads is None:
+            continue
+        removed = gone[of[end.reads]]
+        if not removed.any():
+            continue
+        wide = np.isin(of[end.reads], [u for s, g in scattered.items() if s in end.fed_by for u in g.units])
+        incoming = ~removed | wide
+        if (incoming & removed).any():
+            wraps.setdefault(end.layer, {})["gather"] = tuple(np.flatnonzero(~removed[incoming]).tolist())
+        if bool((constants[index] != 0).any()):
+            _compensate(graph, end, gone, constants[index], plan, wraps)
+    plan.adapts = [Adapt(module=module, **settings) for module, settings in wraps.items()]
+    return plan
+
+
+def _keep(graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool) -> Keep:
+    """The slices of one group. Ends that several groups share are sliced group by group, each by what is left."""
+    slices: list[Slice] = []
+    attributes: list[Attribute] = []
+    done = graph_positions(graph, group, gone)
+    for end, keep, size, old_sizes in done:
+        for axis in {axis_in(end, graph.tensor(n).dim()) for n in end.tensors}:
+            names = tuple(n for n in end.tensors if axis_in(end, graph.tensor(n).dim()) == axis)
+            slices.append(Slice(tensors=names, axis=axis, keep=keep))
+        for (module, name), old in zip(end.attributes, old_sizes, strict=True):
+            if old is not None:
+                attributes.append(Attribute(module=module, name=name, value=old * len(keep) // size))
+    return Keep(group=group.name, slices=tuple(slices), attributes=tuple(attributes))
+
+
+def graph_positions(
+    graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool
+) -> list[tuple[End, tuple[int, ...], int, list[int | None]]]:
+    """For every end of a group: the indices to keep among those that earlier groups' slices left, their number before,
+    and the module sizes at that moment."""
+    of = graph.units.of
+    earlier = [g for g in graph.groups if gone[g.units].any()]
+    earlier = earlier[: [g.name for g in earlier].index(group.name)]
+    sliced = np.zeros_like(gone)
+    for other in earlier:
+        sliced[other.units] = gone[other.units]
+    found: list[tuple[End, tuple[int, ...], int, list[int | None]]] = []
+    for member in group.members:
+        end = graph.ends[member.end]
+        units = of[end.labels]
+        left = units[~sliced[units]]
+        mine = gone[left] & np.isin(left, group.units)
+        sizes: list[int | None] = []
+        for module, name in end.attributes:
+            old = getattr(graph.model.get_submodule(module), name, None)
+            sizes.append(old * len(left) // len(units) if isinstance(old, int) else None)
+        found.append((end, tuple(np.flatnonzero(~mine).tolist()), len(left), sizes))
+    return found
+
+
+def _compensate(
+    graph: ModelGraph, end: End, gone: NDArrayBool, values: Tensor, plan: _Plan, wraps: dict[str, dict[str, Any]]
+) -> None:
+    """What a layer makes of constant inputs goes into its bias, or into the taps of an adapter around it."""
+    taps, everywhere = push_through(graph, end, gone, values)
+    layer = graph.model.get_submodule(end.layer)
+    if everywhere and getattr(layer, "bias", None) is not None:
+        plan.biases[f"{end.layer}.bias"] = taps.flatten(1).sum(1) if taps.dim() > 1 else taps
+        return
+    holder = end.layer.rpartition(".")[0]
+    adapter = graph.model.get_submodule(holder)
+    if not isinstance(adapter, ChannelAdapter) or "taps" not in dict(adapter.named_buffers(recurse=False)):
+        holder = end.layer
+        wraps.setdefault(holder, {})["taps"] = True
+    made = next(e for e in graph.ends if e.role == "produce" and e.tensors[0] == end.tensors[0])
+    # The layer's own removed filters are zero, and so are their taps.
+    plan.buffers[holder, "taps"] = taps[torch.from_numpy(~gone[graph.units.of[made.labels]])]
+
+
+@torch.no_grad()
+def _silence(graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool) -> None:
+    """gamma = beta = 0 in every batch norm of a group, and no bias, for its removed channels."""
+    for member in group.members:
+        end = graph.ends[member.end]
+        places = torch.from_numpy(np.flatnonzero(gone[graph.units.of[end.labels]]))
+        for name in () if end.role == "consume" else end.tensors:
+            if name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
+                continue
+            tensor = graph.tensor(name)
+            tensor.index_fill_(axis_in(end, tensor.dim()), places.to(tensor.device), 0)
+
+
+def _need_module(graph: ModelGraph, end: End, group: ChannelGroup) -> None:
+    module = graph.model.get_submodule(end.layer)
+    if isinstance(module, ChannelAdapter) or len(end.nodes) > 1 or not end.layer:
+        raise GraphError(f"{group.name} can't be put back behind {end.layer or 'the network'}; use residual: coupled")
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        return [t for value in output.values() for t in _tensors(value)]  # pyright: ignore
+    if isinstance(output, (list, tuple)):
+        return [t for value in output for t in _tensors(value)]  # pyright: ignore
+    return []

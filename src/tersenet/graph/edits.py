@@ -1,0 +1,200 @@
+"""Edits: small frozen records of what was changed, replayed on a fresh model, real or on `meta`.
+
+An edit holds everything that its replay needs (tensor names, axes, kept indices), so that a saved architecture does
+not depend on how a later version traces a network. Edits only ever shrink or wrap: one from a stranger's file can't
+make a model larger or touch anything but its tensors' axes and its integer sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+from torch import nn
+
+from tersenet.errors import GraphError
+from tersenet.nn.adapter import ChannelAdapter
+
+_RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", re.ASCII)
+_MAX_INDEX = 10_000_000
+Name = Annotated[str, Field(max_length=512, pattern=r"^[A-Za-z0-9_.\-]*$")]
+
+
+@dataclass
+class Budget:
+    """How many numbers a file may still stand for: `0-9999999` is short, a thousand of them exhaust memory.
+
+    It is the validation context of whatever reads edits from a file. Large networks need some millions.
+    """
+
+    left: int = 20_000_000
+
+    def take(self, count: int) -> None:
+        if count > self.left:
+            raise ValueError("the file stands for more indices than any network has")
+        self.left -= count
+
+
+def parse_indices(value: object, budget: Budget | None = None) -> tuple[int, ...]:
+    """`"0-3,7"` or any sequence of increasing integers."""
+    if isinstance(value, str):
+        if not _RANGES.fullmatch(value):
+            raise ValueError(f"indices must look like 0-3,7 (got {value[:40]!r})")
+        indices: list[int] = []
+        for part in value.split(","):
+            first, _, last = part.partition("-")
+            start, stop = int(first), int(last or first) + 1
+            if stop > _MAX_INDEX or stop <= start or (indices and start <= indices[-1]):
+                raise ValueError(f"indices {part!r} are out of range or out of order")
+            if budget is not None:
+                budget.take(stop - start)
+            indices.extend(range(start, stop))
+        return tuple(indices)
+    indices = [int(i) for i in np.asarray(value).reshape(-1)]
+    if any(b <= a for a, b in itertools.pairwise(indices)) or (indices and indices[0] < 0):
+        raise ValueError("indices must be increasing and not negative")
+    return tuple(indices)
+
+
+def _budget(info: ValidationInfo) -> Budget | None:
+    return info.context if isinstance(info.context, Budget) else None
+
+
+def _read_indices(value: object, info: ValidationInfo) -> tuple[int, ...]:
+    return parse_indices(value, _budget(info))
+
+
+def format_indices(indices: tuple[int, ...]) -> str:
+    """The inverse of `parse_indices`: runs as `first-last`."""
+    if not indices:
+        return ""
+    array = np.asarray(indices)
+    runs = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+Indices = Annotated[tuple[int, ...], BeforeValidator(_read_indices), PlainSerializer(format_indices)]
+
+
+class _Edit(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Slice(_Edit):
+    """Keep these indices of one axis of these tensors."""
+
+    tensors: tuple[Name, ...]
+    axis: int = Field(ge=0, le=5)
+    keep: Indices
+
+
+class Attribute(_Edit):
+    """A module's integer size after the edit; never larger than before."""
+
+    module: Name
+    name: Annotated[
+        str, Field(pattern=r"^((in|out)_(channels|features)|num_features|num_parameters|groups|before|after)$")
+    ]
+    value: int = Field(ge=0)
+
+
+class Keep(_Edit):
+    """Keep some channels of a group, everywhere they occur."""
+
+    kind: Literal["keep"] = "keep"
+    group: Annotated[str, Field(max_length=512)]
+    slices: tuple[Slice, ...]
+    attributes: tuple[Attribute, ...] = ()
+
+    def replay(self, model: nn.Module) -> None:
+        for part in self.slices:
+            for name in part.tensors:
+                _slice_tensor(model, name, part.axis, part.keep)
+        for attribute in self.attributes:
+            module = find_module(model, attribute.module)
+            old = vars(module).get(attribute.name)
+            if not isinstance(old, int) or isinstance(old, bool) or attribute.value > old:
+                raise GraphError(
+                    f"edit of {attribute.module}: {attribute.name} (={old}) can't become {attribute.value}; "
+                    "an edit only shrinks integer sizes"
+                )
+            setattr(module, attribute.name, attribute.value)
+
+
+class Adapt(_Edit):
+    """Wrap a layer: read only these channels, put its output back at full width, add a constant at the borders."""
+
+    kind: Literal["adapt"] = "adapt"
+    module: Name
+    gather: Indices | None = None
+    scatter: Indices | None = None
+    width: int | None = Field(default=None, ge=1, le=_MAX_INDEX)
+    taps: bool = False
+
+    @field_validator("width")
+    @classmethod
+    def _within_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
+        budget = _budget(info)
+        if budget is not None and value is not None:
+            budget.take(value)
+        return value
+
+    def replay(self, model: nn.Module) -> None:
+        layer = find_module(model, self.module)
+        if layer is model:
+            raise GraphError("edit wraps the whole network; it must name one of its layers")
+        if isinstance(layer, ChannelAdapter):
+            raise GraphError(f"edit wraps {self.module!r}, which is wrapped already")
+        _check_count(layer, self.module, "reads", self.gather, ("in_channels", "in_features"))
+        _check_count(layer, self.module, "makes", self.scatter, ("out_channels", "out_features"))
+        adapter = ChannelAdapter(layer, self.gather, self.scatter, self.width, self.taps)
+        tensor = next((t for t in layer.parameters() if t.is_floating_point()), None)
+        # On meta the index tables must stay real: they are not in the state dict that fills the model.
+        if tensor is not None and not tensor.is_meta:
+            adapter.to(device=tensor.device, dtype=tensor.dtype)
+        adapter.train(layer.training)
+        # A module may be registered under several names; it is one layer, and stays one.
+        for place in [name for name, child in model.named_modules(remove_duplicate=False) if child is layer]:
+            parent, _, name = place.rpartition(".")
+            setattr(find_module(model, parent), name, adapter)
+
+
+Edit = Annotated[Keep | Adapt, Field(discriminator="kind")]
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise GraphError(f"edit names the module {name!r}, which this network does not have") from error
+
+
+def _check_count(
+    layer: nn.Module, name: str, verb: str, indices: tuple[int, ...] | None, sizes: tuple[str, ...]
+) -> None:
+    """Raises: GraphError if a layer of known size is to have another number of channels around it."""
+    known = next((size for size in (getattr(layer, s, None) for s in sizes) if isinstance(size, int)), None)
+    if indices is not None and known is not None and len(indices) != known:
+        raise GraphError(f"edit puts {len(indices)} channels around {name!r}, which {verb} {known}")
+
+
+def _slice_tensor(model: nn.Module, name: str, axis: int, keep: tuple[int, ...]) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = find_module(model, owner_name)
+    own = dict([*owner.named_parameters("", False, False), *owner.named_buffers("", False, False)])
+    tensor = own.get(leaf)
+    if tensor is None:
+        raise GraphError(f"edit names the tensor {name!r}, which this network does not have")
+    if axis >= tensor.dim() or not keep or keep[-1] >= tensor.shape[axis]:
+        last = keep[-1] if keep else "nothing"
+        raise GraphError(f"edit keeps index {last} of axis {axis} of {name!r}, whose shape is {tuple(tensor.shape)}")
+    index: NDArray[np.int64] = np.asarray(keep, dtype=np.int64)
+    kept = tensor.detach().index_select(axis, torch.from_numpy(index).to(tensor.device))
+    # Assigning keeps a buffer a buffer, and its persistence.
+    setattr(owner, leaf, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)

@@ -1,0 +1,156 @@
+"""Labels that were merged become units; units that live in the same places become channel groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from tersenet.graph.labels import End, IntArray, Labelling
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a group's channels lie on one end: `places[unit]` are the indices along the end's axis."""
+
+    end: int
+    places: IntArray
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can be kept or removed unit by unit, each unit at all its places at once.
+
+    `producers` are the layers whose filters make these channels. `frozen` is the reason why none can be removed.
+    `scatter` is the end behind which the channels are put back at full width (residual mode `independent`).
+    """
+
+    name: str
+    size: int
+    units: IntArray
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    frozen: str | None = None
+    scatter: int | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """`of[label]` is the unit of a label; `groups` are in the order of the network."""
+
+    of: IntArray
+    groups: tuple[ChannelGroup, ...]
+
+
+def build_units(found: Labelling) -> Units:
+    """Connected components of the merges, then grouping by the set of ends that a component touches."""
+    pairs = found.merges or [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    links = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(found.count, found.count))
+    count, of = connected_components(links, directed=False)
+    of = of.astype(np.int64)
+
+    reasons = ["", "it holds no channel of its own"]
+    frozen = np.zeros(count, dtype=np.int64)
+    frozen[of[0]] = 1
+    for labels, reason in found.frozen:
+        if reason not in reasons:
+            reasons.append(reason)
+        places = of[labels]
+        frozen[places] = np.where(frozen[places] == 0, reasons.index(reason), frozen[places])
+
+    signature = _signatures(found.ends, of, frozen)
+    return Units(of, _groups(found, of, frozen, reasons, signature))
+
+
+def _signatures(ends: list[End], of: IntArray, frozen: IntArray) -> IntArray:
+    """One number per unit, equal for units that touch the same ends equally often and are frozen alike."""
+    signature = frozen.copy()
+    for end in ends:
+        units, times = np.unique(of[end.labels], return_counts=True)
+        table = np.stack([signature[units], times])
+        _, inverse = np.unique(table, axis=1, return_inverse=True)
+        signature[units] = signature.max() + 1 + inverse.reshape(-1)
+    return signature
+
+
+def _groups(
+    found: Labelling, of: IntArray, frozen: IntArray, reasons: list[str], signature: IntArray
+) -> tuple[ChannelGroup, ...]:
+    touched: dict[int, list[int]] = {}
+    for index, end in enumerate(found.ends):
+        for key in np.unique(signature[of[end.labels]]):
+            touched.setdefault(int(key), []).append(index)
+    groups: list[ChannelGroup] = []
+    names: dict[str, int] = {}
+    for key, indices in touched.items():
+        makers = [i for i in indices if found.ends[i].role == "produce"]
+        if not makers:
+            continue
+        first = of[found.ends[makers[0]].labels]
+        units = first[signature[first] == key]
+        units = units[np.sort(np.unique(units, return_index=True)[1])]
+        members = tuple(Member(i, _places(of[found.ends[i].labels], units)) for i in indices)
+        reason = reasons[int(frozen[units[0]])]
+        scatter = None
+        if not reason:
+            scatter, reason = _scatter_end(found, set(of[found.ends[makers[0]].labels].tolist()), of, indices)
+        name = found.ends[makers[0]].layer
+        names[name] = names.get(name, 0) + 1
+        groups.append(
+            ChannelGroup(
+                name=name if names[name] == 1 else f"{name}#{names[name]}",
+                size=len(units),
+                units=units,
+                members=members,
+                producers=tuple(dict.fromkeys(found.ends[i].layer for i in makers)),
+                frozen=reason or None,
+                scatter=scatter,
+            )
+        )
+    order = {id(g): min(m.end for m in g.members if found.ends[m.end].role == "produce") for g in groups}
+    return tuple(sorted(groups, key=lambda g: order[id(g)]))
+
+
+def _places(axis_units: IntArray, units: IntArray) -> IntArray:
+    """(units, k) indices along an axis at which each unit lies."""
+    rank = {int(unit): i for i, unit in enumerate(units)}
+    at = np.array([rank.get(int(u), -1) for u in axis_units])
+    indices = np.flatnonzero(at >= 0)
+    return indices[np.argsort(at[indices], kind="stable")].reshape(len(units), -1)
+
+
+def _scatter_end(found: Labelling, units: set[int], of: IntArray, indices: list[int]) -> tuple[int | None, str]:
+    """The one end behind which this group's channels return to full width, or why there is no such place."""
+    ends: set[int] = set()
+    for labels, origin, place in found.scatters:
+        if units.isdisjoint(of[labels].tolist()):
+            continue
+        inside = origin & set(indices)
+        if len(inside) != 1:
+            return None, f"it reaches the sum {place} by several ways; residual: coupled can prune it"
+        ends |= inside
+    if not ends:
+        return None, ""
+    if len(ends) > 1:
+        return None, "it reaches several sums by different ways; residual: coupled can prune it"
+    end = ends.pop()
+    if any(found.ends[i].role == "pass" and end in found.ends[i].fed_by for i in indices):
+        return None, "a per-channel layer reads it behind a residual sum; residual: coupled can prune it"
+    made = {i for i in indices if found.ends[i].role == "produce"}
+    if not made <= _upstream(found, end, set(indices)):
+        return None, "a layer beside a residual sum is tied to it, such as a gate; residual: coupled can prune it"
+    return end, ""
+
+
+def _upstream(found: Labelling, end: int, members: set[int]) -> set[int]:
+    """`end` and the ends of its group through which its channels came."""
+    seen: set[int] = set()
+    waiting = {end}
+    while waiting:
+        seen |= waiting
+        passed = [found.ends[i].fed_by for i in waiting if found.ends[i].role == "pass"]
+        waiting = (frozenset[int]().union(*passed) & members) - seen
+    return seen

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tersenet.errors import GraphError
+from tersenet.graph.trace import evaluating, module_of, trace, where
+
+X = (torch.zeros(2, 3, 8, 8),)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.conv(x), 1)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if y.sum() > 0:  # the line that the message has to name
+            return y
+        return -y
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 3, 3, bias=False)
+        self.b = nn.Conv2d(3, 3, 3, bias=False)
+        self.b.weight = self.a.weight
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.scale
+
+
+def line_of(text: str) -> int:
+    return next(i for i, line in enumerate(open(__file__), 1) if text in line and "line_of" not in line)
+
+
+def test_a_branch_on_data_is_refused_at_its_line() -> None:
+    with pytest.raises(GraphError) as error:
+        trace(Branching(), X)
+    assert "Branching can't be traced" in str(error.value)
+    assert f"test_graph_trace.py:{line_of('if y.sum() > 0')}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_input_is_refused_with_its_shape() -> None:
+    with pytest.raises(GraphError, match=r"\(2, 5, 8, 8\).*check it"):
+        trace(Inner(), (torch.zeros(2, 5, 8, 8),))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()).train()
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if fails:
+        with pytest.raises(GraphError):
+            trace(model, (torch.zeros(2, 9, 8, 8),))
+    else:
+        trace(model, X)
+    assert [m.training for m in model.modules()] == [True, True, False, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_evaluating_gives_every_module_its_own_mode_back() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout())).train()
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        _ = 1 / sum(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == [True, True, False, False]
+
+
+def test_tensors_have_the_name_of_their_first_owner() -> None:
+    seen = trace(Shared(), X)
+    assert sorted(set(seen.tensors.values())) == ["a.weight", "scale"]
+    assert len(seen.inputs) == 1
+
+
+def test_operators_know_their_module_and_line() -> None:
+    seen = trace(nn.Sequential(Inner()), X)
+    (node,) = [n for n in seen.nodes if "softmax" in str(n.target)]
+    assert module_of(node) == "0"
+    assert where(node) == f"test_graph_trace.py:{line_of('return torch.softmax')}"
