@@ -1,0 +1,98 @@
+"""The built-in networks by name, and the published weight files that are known by their checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tersenet.errors import UnknownNameError
+
+_CIFAR = (3, 32, 32)
+_IMAGENET = (3, 224, 224)
+_RESNET = "He et al. 2016, Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385"
+_PRERESNET = "He et al. 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027"
+_VGG = "Simonyan and Zisserman 2015, Very Deep Convolutional Networks, https://arxiv.org/abs/1409.1556"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network: `builder` called with `arguments` makes it; `classes`, `in_channels`, `width` may be overridden."""
+
+    name: str
+    builder: str
+    """`module:function`"""
+    arguments: dict[str, int | bool]
+    """what the name stands for: depth, kind of block ..."""
+    input_shape: tuple[int, int, int]
+    """(C, H, W)"""
+    classes: int
+    family: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A weight file of known accuracy. `normalise` names the normalisation of its training data."""
+
+    file: str
+    sha256: str
+    model: str
+    normalise: str
+    top1: float
+    """share of right answers on the test set, 0..1"""
+    source: str
+
+
+def _cifar(name: str, function: str, family: str, source: str, **arguments: int | bool) -> Entry:
+    return Entry(name, f"tersenet.models.{function}", arguments, _CIFAR, 10, family, source)
+
+
+def _imagenet(name: str, function: str, family: str, source: str, **arguments: int | bool) -> Entry:
+    return Entry(name, f"tersenet.models.{function}", arguments, _IMAGENET, 1000, family, source)
+
+
+def _entries() -> Iterator[Entry]:
+    for projection, suffix in ((False, ""), (True, "_projection")):
+        for depth in (8, 14, 20, 32, 44, 56, 110):
+            name = f"resnet{depth}{suffix}"
+            yield _cifar(name, "resnet_cifar:resnet_cifar", "CIFAR ResNet", _RESNET, depth=depth, projection=projection)
+    for depth in (20, 32, 44, 56, 110, 164):
+        name = f"preresnet{depth}"
+        family = "CIFAR pre-activation ResNet"
+        yield _cifar(name, "preresnet_cifar:preresnet_cifar", family, _PRERESNET, depth=depth, bottleneck=depth == 164)
+    for depth in (11, 13, 16, 19):
+        yield _cifar(f"vgg{depth}_bn_cifar", "vgg:vgg_cifar", "CIFAR VGG", _VGG, depth=depth)
+    for depth in (18, 34, 50, 101, 152):
+        yield _imagenet(f"resnet{depth}", "resnet:resnet", "ResNet", _RESNET, depth=depth)
+    for batch_norm, suffix in ((False, ""), (True, "_bn")):
+        for depth in (11, 13, 16, 19):
+            yield _imagenet(f"vgg{depth}{suffix}", "vgg:vgg", "VGG", _VGG, depth=depth, batch_norm=batch_norm)
+
+
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _entries()}
+
+PUBLISHED: tuple[Published, ...] = (
+    Published(
+        file="resnet20-12fca82f.th",
+        sha256="12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
+        model="resnet20",
+        normalise="imagenet",
+        top1=0.9173,
+        source="https://github.com/akamaster/pytorch_resnet_cifar10",
+    ),
+    Published(
+        file="resnet56-4bfd9763.th",
+        sha256="4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
+        model="resnet56",
+        normalise="imagenet",
+        top1=0.9339,
+        source="https://github.com/akamaster/pytorch_resnet_cifar10",
+    ),
+)
+
+
+def entry(name: str) -> Entry:
+    """Raises: UnknownNameError, with the nearest names."""
+    if name not in ENTRIES:
+        raise UnknownNameError("model", name, ENTRIES, "`tersenet models` lists them all.")
+    return ENTRIES[name]
