@@ -1,0 +1,52 @@
+"""The optimizer, and the running average of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tersenet.errors import TersenetError
+from tersenet.train.settings import Fit
+
+
+def make_optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
+    """SGD or AdamW over every parameter that needs a gradient, with the same weight decay on all.
+
+    Raises:
+        TersenetError: there is no such parameter.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise TersenetError("the network has no parameter that needs a gradient: there is nothing to train")
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov and settings.momentum > 0,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves the parameters of `average` to those of `model` by 1 - min(decay, (1 + step) / (10 + step)).
+
+    `step` is the number of steps done; the smaller decay of the first ones keeps short runs from ending with their
+    first weights.
+    Source: TensorFlow's ExponentialMovingAverage with `num_updates`.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(parameter, 1 - decay)
+
+
+def copy_buffers(average: nn.Module, model: nn.Module) -> None:
+    for copied, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        copied.copy_(buffer)
