@@ -1,0 +1,68 @@
+"""A network as a torch ExportedProgram, which runs where tersenet is not installed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from tersenet import atomic
+from tersenet.errors import GraphError, TersenetError
+from tersenet.graph.trace import evaluating
+
+
+def export_program(model: nn.Module, path: Path | str, example: tuple[Any, ...]) -> Path:
+    """Write `model` to `path` (.pt2), for any batch size; load it with `torch.export.load(path).module()`.
+
+    Args:
+        example: the inputs of one forward pass; the first axis of every tensor is the batch.
+
+    Raises:
+        TersenetError: another file ending, a full disk.
+        GraphError: the network can't be exported, or the program's outputs would differ from the network's.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise TersenetError(f"export to {path.name!r}: the file must end in .pt2 (a torch ExportedProgram)")
+    name = type(model).__name__
+    # torch.export takes a size of 1 for a constant, and the file would then serve single images only.
+    batches = {size: tuple(_batch(x, size) for x in example) for size in (2, 3)}
+    axis = torch.export.Dim.AUTO
+    shapes = tuple({0: axis} if isinstance(x, Tensor) and x.dim() else None for x in batches[2])
+    with evaluating(model), torch.no_grad():
+        try:
+            program = torch.export.export(model, batches[2], dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise GraphError(f"{name} can't be exported: {type(error).__name__}: {_first_line(error)}") from error
+        for size, inputs in batches.items():
+            _check_equal(model, program, inputs, size)
+    # By way of memory, since torch reports a full disk as an error of its own kind.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    atomic.write_bytes(path, buffer.getvalue())
+    return path
+
+
+def _batch(value: Any, size: int) -> Any:
+    """The first samples of `value`, repeated if it has fewer than `size`."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    return value.repeat(-(-size // max(len(value), 1)), *[1] * (value.dim() - 1))[:size]
+
+
+def _check_equal(model: nn.Module, program: ExportedProgram, inputs: tuple[Any, ...], size: int) -> None:
+    try:
+        torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    except Exception as error:
+        raise GraphError(
+            f"{type(model).__name__} was exported, but the program differs from it at batch size {size}: "
+            f"{_first_line(error)}. Nothing was written; forward must treat the samples of a batch alike"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
