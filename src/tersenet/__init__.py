@@ -1,0 +1,43 @@
+"""tersenet: make a PyTorch CNN smaller and measurably faster, with its accuracy known.
+
+Names are imported when they are first used, so that `import tersenet` does not pay for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tersenet.api import Result, compress, evaluate, export, load, measure, save
+    from tersenet.errors import ArtifactError, GraphError, TersenetError
+    from tersenet.graph.model import ModelGraph
+    from tersenet.recipe import Recipe
+
+_HOMES = {
+    **dict.fromkeys(("Result", "compress", "evaluate", "export", "load", "measure", "save"), "tersenet.api"),
+    **dict.fromkeys(("ArtifactError", "GraphError", "TersenetError"), "tersenet.errors"),
+    "ModelGraph": "tersenet.graph.model",
+    "Recipe": "tersenet.recipe",
+}
+
+__all__ = [
+    "ArtifactError",
+    "GraphError",
+    "ModelGraph",
+    "Recipe",
+    "Result",
+    "TersenetError",
+    "compress",
+    "evaluate",
+    "export",
+    "load",
+    "measure",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tersenet' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,210 @@
+"""The public functions. Each is one step of the data flow; the command line calls these and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersenet.data.load import load_data
+from tersenet.data.registry import SHAPES, DataSettings, parse
+from tersenet.errors import TersenetError
+from tersenet.exporting import artifact
+from tersenet.exporting.program import export_program
+from tersenet.graph.record import record_of
+from tersenet.measuring.measure import measure as measure_network
+from tersenet.methods.base import TrainingMethod
+from tersenet.models.open import Source
+from tersenet.pipeline import Pipeline, preview, quiet, request_of
+from tersenet.recipe import Recipe, load_recipe
+from tersenet.results import Accuracy, Measures, Report
+from tersenet.run import Run
+from tersenet.train import distributed
+from tersenet.train.evaluate import evaluate as evaluate_network
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. `folder` is None if it was not to be kept."""
+
+    model: nn.Module
+    report: Report
+    folder: Path | None = None
+
+    def save(self, folder: Path | str) -> Path:
+        """`model.json` and `model.safetensors` into `folder`; `tersenet.load` reads them."""
+        return artifact.save(self.model, folder)
+
+
+def compress(
+    model: str | nn.Module | None,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    data: Any = None,
+    weights: str | Path | None = None,
+    target: str | None = None,
+    out: str | Path | None = None,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    device: str | None = None,
+    seed: int | None = None,
+    fresh: bool = False,
+    dry_run: bool = False,
+    on_event: Callable[[dict[str, Any]], None] = quiet,
+    command: str | None = None,
+    base: str | None = None,
+) -> Result:
+    """Carry out a recipe on a network.
+
+    Args:
+        model: a built-in name, `package.module:function`, a saved folder, or a module, which is not changed. None: the
+            recipe's.
+        recipe: a shipped recipe's name, a YAML file, or the same as a mapping.
+        data: a data set's name, or what `tersenet.data` takes (loaders, a dict with loss and metric). None: the
+            recipe's.
+        weights: a state dict to start from (.safetensors, .pt, .pth, .th), read without running code.
+        target: `macs=50%`, `params=0.3M`; in place of the recipe's.
+        out: the run's folder. The same call with the same folder goes on where it stopped. None: nothing is kept.
+        overrides: `["steps.0.rate=0.4"]`.
+        device: `cpu`, `cuda`; None: a GPU if there is one. Under torchrun each process takes its own.
+        fresh: remove what an earlier run left in `out`.
+        dry_run: only what would be removed; no data is read and nothing is written.
+        base: for a saved folder whose network started as your own: the `package.module:function` that makes it.
+
+    Raises:
+        TersenetError: anything in the arguments that can't be used; nothing has been changed then.
+    """
+    settings = load_recipe(recipe, overrides)
+    if not isinstance(model, (str, nn.Module, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TersenetError(f"model must be a name, a folder or an nn.Module instance, not {model!r}")
+    changes: dict[str, Any] = {"model": model if isinstance(model, str) else settings.model if model is None else None}
+    if settings.model is not None and changes["model"] != settings.model:
+        # The recipe's arguments are those of its own model; what was overridden is meant for this one.
+        own = load_recipe(recipe).model_arguments
+        changes["model_arguments"] = {k: v for k, v in settings.model_arguments.items() if own.get(k) != v}
+    changes |= {k: str(v) for k, v in {"weights": weights, "target": target}.items() if v is not None}
+    if isinstance(data, str):
+        changes["data"] = {**(settings.data.model_dump() if settings.data else {}), "source": data}
+    if seed is not None:
+        changes["seed"] = seed
+    settings = load_recipe({**settings.model_dump(mode="json"), **changes})
+    what = model if model is not None else settings.model
+    if what is None:
+        raise TersenetError(f"recipe {settings.name!r} names no model: give one")
+    what = copy.deepcopy(what) if isinstance(what, nn.Module) else what
+    source = Source(what, settings.weights, tuple(settings.model_arguments.items()), base)
+    given = settings.data if data is None or isinstance(data, str) else data
+    if dry_run:
+        return Result(*preview(settings, source, _device(device), *_shape_and_classes(given)))
+    if given is None and any(isinstance(step, TrainingMethod) for step in settings.steps):
+        raise TersenetError(f"recipe {settings.name!r} trains, and names no data: give some, such as --data digits")
+    if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TersenetError("several processes need one folder for the run: give out (--out)")
+    with ExitStack() as stack:
+        on = stack.enter_context(distributed.process_group(_device(device)))
+        bundle = None
+        if given is not None:
+            share = {"rank": distributed.rank(), "world": distributed.world()}
+            bundle = load_data(given, seed=settings.seed, normalise=source.normalise, **share)
+        folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        request = request_of(settings, source, bundle)
+        run = Run(folder, request, fresh=fresh)
+        pipeline = Pipeline(settings, source, bundle, run, on, on_event, source.pristine())
+        final, report = pipeline.execute(command)
+    return Result(final, report, Path(out) if out is not None else None)
+
+
+def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
+    """A saved network, in evaluation mode, on the CPU. No pickle is read and no code of the file's maker runs.
+
+    Args:
+        base: a fresh instance of your own module, if that is what was compressed; it is changed in place.
+
+    Raises:
+        ArtifactError: not a saved network, damaged, or forged.
+    """
+    return artifact.load(Source(str(folder)).folder or folder, base)
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """A network that came from `compress` or `load`, into `folder`. See `tersenet.exporting.artifact`."""
+    return artifact.save(model, folder)
+
+
+def measure(model: nn.Module, example: Any) -> Measures:
+    """Parameters, MACs (1 = one multiply-add of a conv or linear layer), bytes, latency, peak memory for `example`."""
+    return measure_network(model, example)
+
+
+def export(model: nn.Module, path: str | Path, example: Any) -> Path:
+    """An ExportedProgram (.pt2) for any batch size, which runs where tersenet is not installed."""
+    return export_program(model, path, example if isinstance(example, tuple) else (example,))
+
+
+def evaluate(
+    model: str | nn.Module,
+    data: Any,
+    *,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    base: str | None = None,
+) -> Accuracy:
+    """Accuracy on the test split of `data`, with exact counts.
+
+    Raises:
+        TersenetError: no such model or data, weights of another network, or data without a test split.
+    """
+    source = Source(model, str(weights) if weights is not None else None, base=base)
+    place = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    with distributed.process_group(_device(device) if device or place is None else place) as on:
+        bundle = load_data(data, rank=distributed.rank(), world=distributed.world(), normalise=source.normalise)
+        if bundle.test is None:
+            raise TersenetError(f"data {bundle.name!r} has no test split to evaluate on")
+        # A module is measured as it is: neither its record nor its mode is touched.
+        known = (bundle.shape, bundle.classes, bundle.normalise)
+        network = model if isinstance(model, nn.Module) and weights is None else source.open(*known)
+        return evaluate_network(network, bundle.test, device=on, loss=bundle.loss, metric=bundle.metric)
+
+
+def open_model(
+    model: str | nn.Module, weights: str | Path | None = None, base: str | None = None
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """Any named network, and the (C, H, W) of its input."""
+    network = Source(model, str(weights) if weights is not None else None, base=base).open()
+    record = record_of(network)
+    if record is None:
+        raise TersenetError(f"{model} could not be opened")
+    return network, record.input.shape
+
+
+def _shape_and_classes(data: Any) -> tuple[tuple[int, ...] | None, int | None]:
+    """Of one input, for a dry run; the files of named data sets are not read."""
+    if data is None:
+        return None, None
+    if isinstance(data, DataSettings):
+        name = parse(data.source)[0]
+        if name in SHAPES:
+            return SHAPES[name]
+    bundle = load_data(data)
+    return bundle.shape, bundle.classes
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TersenetError(f"device {name!r} is not known to torch; use cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise TersenetError(f"device {name!r} is not one that tersenet runs on; use cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise TersenetError(f"device {name!r}: torch can use {torch.cuda.device_count()} CUDA devices here")
+    return device

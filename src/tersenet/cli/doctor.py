@@ -1,0 +1,124 @@
+"""tersenet doctor"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tersenet.cli.console import columns, examples, show
+from tersenet.cli.options import JsonOption
+
+EXAMPLES = examples("tersenet doctor", "tersenet doctor --json   # to attach to a bug report")
+
+# Those that decide how fast convolutions are, as /proc/cpuinfo calls them on x86 and ARM.
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "asimddp", "sve", "bf16", "i8mm")
+_REQUIREMENT = re.compile(r"^(?P<name>[\w.-]+)(?:>=(?P<least>[\d.]+))?(?P<marker>\s*;.*extra.*)?")
+_DISK_BYTES = 2 * 10**9
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, threads, CPU and disk; say what is missing and how to install it (exit code 1)."""
+    facts = examine()
+    show(facts, lambda: _text(facts), as_json)
+    if facts["problems"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Facts about this machine and installation; `problems` has one line for each that needs something done."""
+    packages, problems = _packages()
+    disk = shutil.disk_usage(Path.cwd())
+    if disk.free < _DISK_BYTES:
+        problems.append(
+            f"only {disk.free / 1e9:.1f} GB free in {Path.cwd()}; runs write checkpoints: use --out elsewhere"
+        )
+    torch_facts: dict[str, Any] = {}
+    if packages.get("torch"):
+        try:
+            torch_facts = _torch()
+        except (ImportError, OSError) as error:
+            problems.append(f"torch is installed but does not load: {error}; reinstall it")
+    return {
+        "tersenet": metadata.version("tersenet"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": packages,
+        "torch": torch_facts,
+        "cpu": _cpu(),
+        "disk": {"folder": str(Path.cwd()), "free_bytes": disk.free},
+        "problems": problems,
+    }
+
+
+def _packages() -> tuple[dict[str, str | None], list[str]]:
+    """Installed version of each package that tersenet needs, and what is missing or too old."""
+    found: dict[str, str | None] = {}
+    problems: list[str] = []
+    for line in metadata.requires("tersenet") or ():
+        match = _REQUIREMENT.match(line)
+        if match is None or match["marker"]:
+            continue
+        name, least = match["name"], match["least"] or "0"
+        try:
+            found[name] = version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+            problems.append(f"{name} is missing: pip install '{name}>={least}'")
+            continue
+        if _numbers(version) < _numbers(least):
+            problems.append(f"{name} {version} is too old: pip install '{name}>={least}'")
+    return found, problems
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0]))
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    """Model and flags from /proc/cpuinfo; elsewhere than on Linux only what Python knows."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    fields = dict(re.findall(r"^(.+?)\s*:\s*(.*)$", text, re.MULTILINE))
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "usable_cores": usable,
+        "flags": [flag for flag in _FLAGS if flag in flags],
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    cpu, torch, packages = facts["cpu"], facts["torch"], facts["packages"]
+    threads = f"{torch['threads']} threads, {torch['cpu_capability']}" if torch else "does not load"
+    rows = [
+        ("tersenet", facts["tersenet"]),
+        ("python", f"{facts['python']} on {facts['system']}"),
+        ("cpu", f"{cpu['model']}, {cpu['usable_cores']} usable cores"),
+        ("cpu flags", " ".join(cpu["flags"]) or "unknown"),
+        ("gpus", ", ".join(torch.get("gpus", [])) or "none"),
+        ("disk", f"{facts['disk']['free_bytes'] / 1e9:.1f} GB free in {facts['disk']['folder']}"),
+        ("torch", f"{packages['torch']}, {threads}" if packages.get("torch") else "MISSING"),
+        *((name, version or "MISSING") for name, version in packages.items() if name != "torch"),
+    ]
+    problems = "".join(f"\n! {problem}" for problem in facts["problems"]) or "\nNothing is missing."
+    return columns(("WHAT", "FOUND"), rows) + "\n" + problems

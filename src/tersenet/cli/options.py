@@ -1,0 +1,48 @@
+"""Arguments and options that several commands share, so that they mean the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A built-in name (`tersenet models`), package.module:function, or a saved folder.",
+        show_default=False,
+    ),
+]
+DataOption = Annotated[
+    str,
+    typer.Option("--data", metavar="NAME[:DIR]", help="Data set, see `tersenet data list`.", show_default=False),
+]
+OptionalData = Annotated[
+    str | None,
+    typer.Option("--data", metavar="NAME[:DIR]", help="Data set, see `tersenet data list`; else the recipe's."),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="FILE", help="Weights to start from: .safetensors, .pt, .pth, .th, .pt.tar."),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="FUNCTION", help="Of a folder made from your own network: package.module:function."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEYS=VALUE", help="Override a field of the recipe: steps.0.rate=0.4; repeatable."),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Folder of the run; by default runs/RECIPE-MODEL."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="D", help="cpu, cuda, cuda:1; by default a GPU if there is one."),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Overrides the recipe's seed.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start again; without it a run goes on where it stopped.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; progress goes to stderr.")]
