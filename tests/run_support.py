@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,13 @@ def arguments(folder: Path) -> list[str]:
 
 
 def start(*command: str, **more: Any) -> subprocess.Popen[str]:
-    """A Python process with one thread, stdout and stderr as pipes."""
+    """A Python process with one thread, stdout and stderr as pipes.
+
+    What a shell starts in the background ignores Ctrl-C, and so would its children: a test of that asks for it back.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen([sys.executable, *command], env=environment, **(pipes | more))
 
 

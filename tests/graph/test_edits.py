@@ -60,7 +60,7 @@ def test_a_short_text_can_not_stand_for_endless_indices() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["training", "__class__", "__dict__", "forward", "_version", "weight", "stride", "in_channels\n", ""]
+    "name", ["training", "__class__", "__dict__", "_version", "_modules", "stride", "padding", "in_channels\n", ""]
 )
 def test_attributes_that_no_edit_may_set(name: str) -> None:
     with pytest.raises(ValidationError, match="pattern"):
@@ -68,7 +68,9 @@ def test_attributes_that_no_edit_may_set(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value"), [("out_channels", 7), ("in_features", 1), ("num_features", 2)], ids=["larger", "not", "bn"]
+    ("attribute", "value"),
+    [("out_channels", 7), ("in_features", 1), ("num_features", 2), ("forward", 1), ("weight", 1), ("bias", (1,))],
+    ids=["larger", "not", "bn", "method", "tensor", "list"],
 )
 def test_attributes_only_shrink(attribute: str, value: int) -> None:
     edit = keep(attributes=(Attribute(module="0", name=attribute, value=value),))

@@ -7,7 +7,7 @@ from torch import nn
 
 from tersenet.errors import GraphError, UnknownNameError
 from tersenet.graph.model import ModelGraph
-from tersenet.graph.select import check_patterns, matches, select_groups
+from tersenet.graph.select import check_patterns, left_whole, matches, named_rates, select_groups
 from tersenet.models.resnet_cifar import resnet_cifar
 
 
@@ -30,7 +30,10 @@ def test_include_and_exclude() -> None:
     assert names(graph) == ["conv1"] + [f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)]
     assert names(graph, ("layer2*", "conv1")) == ["conv1", "layer2.0.conv1", "layer2.0.conv2"]
     assert names(graph, ("*",), ("*conv2", "conv1")) == [f"layer{i}.0.conv1" for i in (1, 2, 3)]
-    assert names(graph, ("*",), ("*",)) == []
+    with pytest.raises(
+        GraphError, match=r"no layer is left to prune \(include, exclude, or frozen: linear: the network"
+    ):
+        names(graph, ("*",), ("*",))
 
 
 def test_of_a_tied_group_all_layers_must_be_included() -> None:
@@ -38,14 +41,48 @@ def test_of_a_tied_group_all_layers_must_be_included() -> None:
     assert graph.group("conv1").producers[:2] == ("conv1", "layer1.0.conv2")
     assert "conv1" in names(graph)
     assert "conv1" not in names(graph, ("*",), ("layer1.0.conv2",))
-    assert "conv1" not in names(graph, ("conv1",))
+    assert "conv1" not in names(graph, ("conv1", "layer1.0.conv1"))
 
 
-def test_linear_layers_are_not_selected() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+def test_by_type() -> None:
+    model = nn.Sequential(
+        *[nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU()],
+        *[nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 3), nn.ReLU(), nn.Flatten()],
+        *[nn.Linear(256, 6), nn.ReLU(), nn.Linear(6, 2)],
+    )
     graph = ModelGraph(model, (torch.zeros(1, 3, 8, 8),))
-    assert names(graph) == ["0"]
-    assert graph.group("2").frozen is None
+    kinds = {"conv": "0", "grouped": "2", "depthwise": "2", "transposed": "5", "linear": "8"}
+    assert names(graph) == ["0", "2", "5", "8"]
+    for kind, layer in kinds.items():
+        assert names(graph, (f"type:{kind}",)) == [layer]
+        assert layer not in names(graph, ("*",), (f"type:{kind}",))
+    # A depthwise layer's name stands for the layer whose channels it filters.
+    assert names(graph, ("*",), ("4",)) == ["0", "5", "8"]
+    assert names(graph, ("position:first", "position:last")) == ["0", "8"]
+    with pytest.raises(
+        UnknownNameError, match=r"unknown kind of layer 'type:depthwize'; did you mean 'type:depthwise'"
+    ):
+        names(graph, ("*",), ("type:depthwize",))
+
+
+def test_rates_by_pattern_the_first_match_counts() -> None:
+    graph = graph_of()
+    groups = select_groups(graph, ("*",), ("conv1",))
+    found = named_rates(graph, groups, {"layer2.0.conv1": 0.1, "layer2*": 0.2, "position:last": 0.3})
+    assert found == {"layer2.0.conv1": 0.1, "layer2.0.conv2": 0.2, "layer3.0.conv2": 0.3}
+    with pytest.raises(UnknownNameError, match="unknown layer 'conv1'"):
+        named_rates(graph, groups, {"conv1": 0.1})
+
+
+def test_what_is_left_whole_and_why() -> None:
+    graph = graph_of("coupled")
+    chosen = select_groups(graph, ("*",), ("layer1.0.conv2",))
+    reasons = left_whole(graph, chosen)
+    assert {name for names in reasons.values() for name in names} == {g.name for g in graph.groups} - {
+        g.name for g in chosen
+    }
+    assert any("conv1" in names and "tied" in reason for reason, names in reasons.items())
+    assert any("linear" in names and "the network's output" in reason for reason, names in reasons.items())
 
 
 def test_unknown_names_offer_the_nearest() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import GraphError
-from tersenet.graph.trace import evaluating, module_of, trace, where
+from tersenet.graph.trace import evaluating, trace
 
 X = (torch.zeros(2, 3, 8, 8),)
 
@@ -26,7 +26,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        if y.sum() > 0:  # the line that the message has to name
+        if y.sum() > 0:
             return y
         return -y
 
@@ -47,11 +47,19 @@ def line_of(text: str) -> int:
     return next(i for i, line in enumerate(open(__file__), 1) if text in line and "line_of" not in line)
 
 
-def test_a_branch_on_data_is_refused_at_its_line() -> None:
+def test_a_branch_on_data_is_followed() -> None:
+    """The network is really run, so Python may look at values; the trace is of the branch that was taken."""
+    torch.manual_seed(0)
+    model = Branching()
+    seen = {trace(model, (x,)).ops[-1].name for x in torch.randn(20, 1, 3, 8, 8)}
+    assert seen >= {"neg"}
+
+
+def test_an_error_in_forward_is_told_with_its_line() -> None:
     with pytest.raises(GraphError) as error:
-        trace(Branching(), X)
+        trace(Branching(), (torch.zeros(2, 3, 2, 2),))
     assert "Branching can't be traced" in str(error.value)
-    assert f"test_graph_trace.py:{line_of('if y.sum() > 0')}" in str(error.value)
+    assert f"test_graph_trace.py:{line_of('y = self.conv(x)')}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -84,12 +92,29 @@ def test_evaluating_gives_every_module_its_own_mode_back() -> None:
 
 def test_tensors_have_the_name_of_their_first_owner() -> None:
     seen = trace(Shared(), X)
-    assert sorted(set(seen.tensors.values())) == ["a.weight", "scale"]
+    assert seen.parameters == {"a.weight", "scale"}
     assert len(seen.inputs) == 1
 
 
 def test_operators_know_their_module_and_line() -> None:
     seen = trace(nn.Sequential(Inner()), X)
-    (node,) = [n for n in seen.nodes if "softmax" in str(n.target)]
-    assert module_of(node) == "0"
-    assert where(node) == f"test_graph_trace.py:{line_of('return torch.softmax')}"
+    (op,) = [op for op in seen.ops if "softmax" in op.name]
+    assert op.place.module == "0"
+    assert str(op.place) == f"test_graph_trace.py:{line_of('return torch.softmax')}"
+    (layer,) = [op for op in seen.ops if op.name == "convolution"]
+    assert layer.place.module == "0.conv"
+    assert str(layer.place) == str(op.place), "the user's line, not torch's"
+
+
+def test_index_tables_are_kept_with_their_content() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("order", torch.tensor([2, 0, 1]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, self.order + 0]
+
+    seen = trace(Table(), X)
+    contents = [slot.content.tolist() for slot in seen.slots if slot.content is not None and not slot.floating]
+    assert contents.count([2, 0, 1]) == 2

@@ -81,16 +81,16 @@ def test_networks_are_compared_without_tf32() -> None:
 
 
 def test_constants_are_measured_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tersenet.graph import constants
+    from tersenet.graph import replay
 
     seen: list[dict[str, str]] = []
-    run = constants._Probe.run_node  # pyright: ignore[reportPrivateUsage]
+    run = replay._Replay.__torch_dispatch__  # pyright: ignore[reportPrivateUsage]
 
-    def watched(self: constants._Probe, n: torch.fx.Node) -> object:  # pyright: ignore[reportPrivateUsage]
+    def watched(self: object, *args: object) -> object:
         seen.append(switches())
-        return run(self, n)
+        return run(self, *args)  # pyright: ignore
 
-    monkeypatch.setattr(constants._Probe, "run_node", watched)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(replay._Replay, "__torch_dispatch__", watched)  # pyright: ignore[reportPrivateUsage]
     compact(ModelGraph(Watcher(), (torch.zeros(1, 3, 6, 6),)), {"0": np.arange(2)})
     assert seen
     assert all(set(found.values()) == {"ieee"} for found in seen)

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from tersenet.errors import GraphError
 from tersenet.graph.constants import NotConstant, measure_constants, push_through
-from tersenet.graph.edits import Adapt, Attribute, Keep, Slice
-from tersenet.graph.labels import End
-from tersenet.graph.model import Kept, ModelGraph, NDArrayBool, axis_in, random_like
+from tersenet.graph.edits import Adapt, Keep, Resize
+from tersenet.graph.labels import End, NDArrayBool
+from tersenet.graph.model import Kept, ModelGraph, random_like
 from tersenet.graph.precision import full_float32
-from tersenet.graph.trace import evaluating, first_line, user_line
+from tersenet.graph.replay import reference
+from tersenet.graph.shrink import axis_in, cuts
+from tersenet.graph.trace import first_line, running, tensors_in, user_line
 from tersenet.graph.units import ChannelGroup
 from tersenet.nn.adapter import ChannelAdapter
 from tersenet.results import Equality
@@ -43,7 +45,7 @@ class Compaction:
 
 @dataclass
 class _Plan:
-    keeps: list[Keep] = field(default_factory=list[Keep])
+    keeps: list[Keep | Resize] = field(default_factory=list[Keep | Resize])
     adapts: list[Adapt] = field(default_factory=list[Adapt])
     buffers: dict[tuple[str, str], Tensor] = field(default_factory=dict[tuple[str, str], Tensor])
     biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -66,10 +68,12 @@ def compact(graph: ModelGraph, kept: Kept, constants: Constants = "auto") -> Com
     # Masking and silencing write into these; what only reads the channels stays as it is until the edits.
     written = {name for end in ends if end.role != "consume" for name in end.tensors}
     before = {name: graph.tensor(name).detach().clone() for name in written}
+    keeps = cuts(graph.model, graph.trace, graph.found, graph.units, graph.fixed.mends, gone)
     try:
         mask(graph, kept)
         plan, zeroed = _exact_plan(graph, groups, gone, constants)
-        equality = _rehearse(graph, plan)
+        plan.keeps = keeps
+        equality = _rehearse(graph, plan, gone)
     except BaseException:
         with torch.no_grad():
             for name, tensor in before.items():
@@ -102,13 +106,16 @@ def _exact_plan(
             zeroed |= problem.groups
 
 
-def _rehearse(graph: ModelGraph, plan: _Plan) -> Equality:
+def _rehearse(graph: ModelGraph, plan: _Plan, gone: NDArrayBool) -> Equality:
     """Carry out the plan on a copy and compare. Raises: GraphError if the copy does not run, or differs."""
     state = graph.model.state_dict(keep_vars=True)
     trial = graph.copy(shared=[tensor for name, tensor in state.items() if name not in plan.biases])
     try:
         _carry_out(trial, plan)
-        masked, compacted = _run_both(graph.model, trial.model, graph.example)
+        inputs = random_like(graph.example, seed=7)
+        masked = tensors_in(reference(graph, gone, copy.deepcopy(inputs)))
+        with running(trial.model), full_float32():
+            compacted = tensors_in(trial.model(*copy.deepcopy(inputs)))
     except Exception as error:
         raise GraphError(
             f"{type(graph.model).__name__} does not run with fewer channels{user_line(error)}: {first_line(error)}. "
@@ -148,8 +155,8 @@ def compare(a: nn.Module, b: nn.Module, example: tuple[Any, ...]) -> Equality:
 
 def _run_both(a: nn.Module, b: nn.Module, example: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
     inputs = random_like(example, seed=7)
-    with evaluating(a), evaluating(b), torch.no_grad(), full_float32():
-        return _tensors(a(*copy.deepcopy(inputs))), _tensors(b(*copy.deepcopy(inputs)))
+    with running(a), running(b), full_float32():
+        return tensors_in(a(*copy.deepcopy(inputs))), tensors_in(b(*copy.deepcopy(inputs)))
 
 
 def _difference(masked: list[Tensor], compacted: list[Tensor], samples: int) -> Equality:
@@ -200,8 +207,6 @@ def _carry_out(graph: ModelGraph, plan: _Plan) -> None:
 def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool) -> _Plan:
     of = graph.units.of
     plan = _Plan()
-    for group in groups:
-        plan.keeps.append(_keep(graph, group, gone))
     scattered = {g.scatter: g for g in groups if g.scatter is not None}
     constants = measure_constants(graph, gone, set(scattered))
     wraps: dict[str, dict[str, Any]] = {}
@@ -227,46 +232,6 @@ def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool) -> _
             _compensate(graph, end, gone, constants[index], plan, wraps)
     plan.adapts = [Adapt(module=module, **settings) for module, settings in wraps.items()]
     return plan
-
-
-def _keep(graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool) -> Keep:
-    """The slices of one group. Ends that several groups share are sliced group by group, each by what is left."""
-    slices: list[Slice] = []
-    attributes: list[Attribute] = []
-    done = graph_positions(graph, group, gone)
-    for end, keep, size, old_sizes in done:
-        for axis in {axis_in(end, graph.tensor(n).dim()) for n in end.tensors}:
-            names = tuple(n for n in end.tensors if axis_in(end, graph.tensor(n).dim()) == axis)
-            slices.append(Slice(tensors=names, axis=axis, keep=keep))
-        for (module, name), old in zip(end.attributes, old_sizes, strict=True):
-            if old is not None:
-                attributes.append(Attribute(module=module, name=name, value=old * len(keep) // size))
-    return Keep(group=group.name, slices=tuple(slices), attributes=tuple(attributes))
-
-
-def graph_positions(
-    graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool
-) -> list[tuple[End, tuple[int, ...], int, list[int | None]]]:
-    """For every end of a group: the indices to keep among those that earlier groups' slices left, their number before,
-    and the module sizes at that moment."""
-    of = graph.units.of
-    earlier = [g for g in graph.groups if gone[g.units].any()]
-    earlier = earlier[: [g.name for g in earlier].index(group.name)]
-    sliced = np.zeros_like(gone)
-    for other in earlier:
-        sliced[other.units] = gone[other.units]
-    found: list[tuple[End, tuple[int, ...], int, list[int | None]]] = []
-    for member in group.members:
-        end = graph.ends[member.end]
-        units = of[end.labels]
-        left = units[~sliced[units]]
-        mine = gone[left] & np.isin(left, group.units)
-        sizes: list[int | None] = []
-        for module, name in end.attributes:
-            old = getattr(graph.model.get_submodule(module), name, None)
-            sizes.append(old * len(left) // len(units) if isinstance(old, int) else None)
-        found.append((end, tuple(np.flatnonzero(~mine).tolist()), len(left), sizes))
-    return found
 
 
 def _compensate(
@@ -303,15 +268,5 @@ def _silence(graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool) -> None:
 
 def _need_module(graph: ModelGraph, end: End, group: ChannelGroup) -> None:
     module = graph.model.get_submodule(end.layer)
-    if isinstance(module, ChannelAdapter) or len(end.nodes) > 1 or not end.layer:
+    if isinstance(module, ChannelAdapter) or len(end.uses) > 1 or not end.layer:
         raise GraphError(f"{group.name} can't be put back behind {end.layer or 'the network'}; use residual: coupled")
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        return [t for value in output.values() for t in _tensors(value)]  # pyright: ignore
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in _tensors(value)]  # pyright: ignore
-    return []

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
 
-from tersenet.graph.labels import End, IntArray
-from tersenet.graph.model import ModelGraph, NDArrayBool, random_like
-from tersenet.graph.precision import full_float32
+from tersenet.graph.labels import End, IntArray, NDArrayBool
+from tersenet.graph.model import ModelGraph, random_like
+from tersenet.graph.replay import Action, over_kept, replay
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,75 +26,69 @@ class NotConstant(Exception):
 def measure_constants(graph: ModelGraph, gone: NDArrayBool, scattered: set[int]) -> dict[int, Tensor]:
     """End -> the constants (float64, one per removed channel) that it reads, or that a scatter point emits."""
     of = graph.units.of
-    wanted: dict[Node, list[tuple[int, IntArray, bool]]] = {}
+    wanted: dict[int, list[tuple[int, IntArray]]] = {}
     for index, end in enumerate(graph.ends):
         labels = end.labels if index in scattered else end.reads
         if labels is None or (end.role != "consume" and index not in scattered):
             continue
         places = np.flatnonzero(gone[of[labels]])
-        for node in end.nodes if len(places) else []:
-            wanted.setdefault(node, []).append((index, places, index in scattered))
+        for op in end.uses if len(places) else []:
+            wanted.setdefault(op, []).append((index, places))
     low: dict[int, Tensor] = {}
     high: dict[int, Tensor] = {}
-    for seed in (1, 2):
-        for index, values in _Probe(graph, wanted).collect(random_like(graph.example, seed)):
+    for seed in (1, 2) if wanted else ():
+        for index, values in _look(graph, gone, wanted, scattered, seed):
             bottom, top = values.amin(1), values.amax(1)
             low[index] = torch.minimum(low.get(index, bottom), bottom)
             high[index] = torch.maximum(high.get(index, top), top)
+    owners: set[str] = set()
+    where: list[str] = []
     for index, bottom in low.items():
+        end = graph.ends[index]
+        labels = end.labels if index in scattered else end.reads
         spread = high[index] - bottom
-        if bool((spread > 1e-5 * high[index].abs().max().clamp_min(1e-12)).any()):
-            end = graph.ends[index]
-            labels = end.labels if index in scattered else end.reads
-            bad = np.flatnonzero(gone[of[labels]])[(spread > 0).numpy()]
-            raise NotConstant(_owners(graph, labels, bad), end.layer)
+        # Without a layer there is no bias that could stand for them, and two layers would need two: they must be zero.
+        one_layer = bool(end.tensors) and len({module for module, _ in end.attributes}) < 2
+        wrong = spread if one_layer else torch.maximum(high[index].abs(), bottom.abs())
+        if bool((wrong > 1e-5 * high[index].abs().max().clamp_min(1e-12)).any()) and labels is not None:
+            owners |= _owners(graph, labels, np.flatnonzero(gone[of[labels]])[(wrong > 0).numpy()])
+            where.append(end.layer)
+    if owners:
+        raise NotConstant(owners, ", ".join(dict.fromkeys(where)))
     return {index: (low[index] + high[index]) / 2 for index in low}
 
 
-class _Probe(Interpreter):
-    """Runs the traced operators with the model's present weights and looks at some of their inputs and outputs."""
+def _look(
+    graph: ModelGraph, gone: NDArrayBool, wanted: dict[int, list[tuple[int, IntArray]]], scattered: set[int], seed: int
+) -> list[tuple[int, Tensor]]:
+    """(end, values (channels, everything else)) of every wanted end, on noise."""
+    seen: list[tuple[int, Tensor]] = []
+    kept_only = over_kept(graph, gone)
 
-    def __init__(self, graph: ModelGraph, wanted: dict[Node, list[tuple[int, IntArray, bool]]]) -> None:
-        super().__init__(graph.trace.program.graph_module)
-        self.graph_of = graph
-        self.wanted = {node.name: ends for node, ends in wanted.items()}
-        self.seen: list[tuple[int, Tensor]] = []
+    def action(number: int) -> Action:
+        def look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            for index, places in wanted[number]:
+                if index not in scattered:
+                    end = graph.ends[index]
+                    seen.append((index, _channels(args[end.reads_argument], end.reads_axis, places)))
+            run = kept_only.get(number)
+            result = run(func, args, kwargs) if run is not None else func(*args, **kwargs)
+            for index, places in wanted[number]:
+                if index in scattered:
+                    first = result if isinstance(result, Tensor) else result[0]
+                    axis = -1 if "mm" in graph.trace.ops[number].name else 1
+                    seen.append((index, _channels(first, axis, places)))
+            return result
 
-    def collect(self, inputs: tuple[Any, ...]) -> list[tuple[int, Tensor]]:
-        """(end, values (channels, everything else)) for every wanted end."""
-        trace = self.graph_of.trace
-        constants = trace.program.graph_signature.inputs_to_lifted_tensor_constants
-        users = dict(zip(trace.inputs, inputs, strict=True))
-        args: list[Any] = []
-        for node in trace.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name in trace.tensors:
-                args.append(self.graph_of.tensor(trace.tensors[node.name]))
-            elif node.name in users:
-                args.append(users[node.name])
-            else:
-                args.append(trace.program.constants[constants[node.name]])
-        with torch.no_grad(), full_float32():
-            self.run(*args)
-        return self.seen
+        return look
 
-    def run_node(self, n: Node) -> Any:
-        ends = self.wanted.get(n.name, [])
-        axis = -1 if "linear" in str(n.target) else 1
-        for index, places, behind in ends:
-            if not behind:
-                source: Any = n.args[0]
-                self._look(index, places, self.env[source], axis)
-        result = super().run_node(n)
-        for index, places, behind in ends:
-            if behind:
-                self._look(index, places, result, axis)
-        return result
+    replay(graph.model, graph.trace, random_like(graph.example, seed), {**kept_only, **{n: action(n) for n in wanted}})
+    return seen
 
-    def _look(self, index: int, places: IntArray, value: Tensor, axis: int) -> None:
-        chosen = value.detach().index_select(axis, torch.from_numpy(places).to(value.device))
-        self.seen.append((index, chosen.movedim(axis, 0).flatten(1).double().cpu()))
+
+def _channels(value: Tensor, axis: int, places: IntArray) -> Tensor:
+    chosen = value.detach().index_select(axis, torch.from_numpy(places).to(value.device))
+    return chosen.movedim(axis, 0).flatten(1).double().cpu()
 
 
 def push_through(graph: ModelGraph, end: End, gone: NDArrayBool, values: Tensor) -> tuple[Tensor, bool]:

@@ -23,6 +23,9 @@ from tersenet.nn.adapter import ChannelAdapter
 
 _RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", re.ASCII)
 _MAX_INDEX = 10_000_000
+# Any size that a network's own code keeps, but nothing that says how a layer computes, and nothing of nn.Module's own.
+_SIZE_NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
+_NO_SIZES = frozenset("training stride padding dilation kernel_size output_padding scale_factor".split())
 Name = Annotated[str, Field(max_length=512, pattern=r"^[A-Za-z0-9_.\-]*$")]
 
 
@@ -94,14 +97,45 @@ class Slice(_Edit):
     keep: Indices
 
 
+def is_size(name: str) -> bool:
+    """Whether an edit may set a module's attribute of this name."""
+    return name not in _NO_SIZES and not name.startswith("_")
+
+
+Size = Annotated[int, Field(ge=0, le=_MAX_INDEX)]
+
+
 class Attribute(_Edit):
-    """A module's integer size after the edit; never larger than before."""
+    """A module's integer size, or its list of sizes, after the edit; never larger than before."""
 
     module: Name
-    name: Annotated[
-        str, Field(pattern=r"^((in|out)_(channels|features)|num_features|num_parameters|groups|before|after)$")
-    ]
-    value: int = Field(ge=0)
+    name: Annotated[str, Field(max_length=128, pattern=_SIZE_NAME)]
+    value: Size | Annotated[tuple[Size, ...], Field(max_length=1024)]
+
+    @field_validator("name")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        if not is_size(value):
+            raise ValueError(f"{value!r} does not match the pattern of a size's name")
+        return value
+
+    def replay(self, model: nn.Module) -> None:
+        module = find_module(model, self.module)
+        old = vars(module).get(self.name)
+        if not _shrinks(old, self.value):
+            raise GraphError(
+                f"edit of {self.module}: {self.name} (={old}) can't become {self.value}; an edit only shrinks integer "
+                "sizes"
+            )
+        setattr(module, self.name, list(self.value) if isinstance(old, list) else self.value)  # pyright: ignore
+
+
+def _shrinks(old: object, new: int | tuple[int, ...]) -> bool:
+    if isinstance(new, int):
+        return isinstance(old, int) and not isinstance(old, bool) and new <= old
+    if not isinstance(old, (list, tuple)) or len(new) != len(old):  # pyright: ignore[reportUnknownArgumentType]
+        return False
+    return all(_shrinks(o, n) for o, n in zip(old, new, strict=True))  # pyright: ignore[reportUnknownArgumentType]
 
 
 class Keep(_Edit):
@@ -114,17 +148,22 @@ class Keep(_Edit):
 
     def replay(self, model: nn.Module) -> None:
         for part in self.slices:
+            new: dict[int, torch.Tensor] = {}
             for name in part.tensors:
-                _slice_tensor(model, name, part.axis, part.keep)
+                _slice_tensor(model, name, part.axis, part.keep, new)
         for attribute in self.attributes:
-            module = find_module(model, attribute.module)
-            old = vars(module).get(attribute.name)
-            if not isinstance(old, int) or isinstance(old, bool) or attribute.value > old:
-                raise GraphError(
-                    f"edit of {attribute.module}: {attribute.name} (={old}) can't become {attribute.value}; "
-                    "an edit only shrinks integer sizes"
-                )
-            setattr(module, attribute.name, attribute.value)
+            attribute.replay(model)
+
+
+class Resize(_Edit):
+    """Sizes that the network's own code keeps in attributes, such as the widths that it splits at."""
+
+    kind: Literal["resize"] = "resize"
+    attributes: tuple[Attribute, ...]
+
+    def replay(self, model: nn.Module) -> None:
+        for attribute in self.attributes:
+            attribute.replay(model)
 
 
 class Adapt(_Edit):
@@ -165,7 +204,7 @@ class Adapt(_Edit):
             setattr(find_module(model, parent), name, adapter)
 
 
-Edit = Annotated[Keep | Adapt, Field(discriminator="kind")]
+Edit = Annotated[Keep | Resize | Adapt, Field(discriminator="kind")]
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -184,7 +223,8 @@ def _check_count(
         raise GraphError(f"edit puts {len(indices)} channels around {name!r}, which {verb} {known}")
 
 
-def _slice_tensor(model: nn.Module, name: str, axis: int, keep: tuple[int, ...]) -> None:
+def _slice_tensor(model: nn.Module, name: str, axis: int, keep: tuple[int, ...], made: dict[int, torch.Tensor]) -> None:
+    """Cut one tensor. `made` are those of this slice, by the id of the old one: names of one tensor stay so."""
     owner_name, _, leaf = name.rpartition(".")
     owner = find_module(model, owner_name)
     own = dict([*owner.named_parameters("", False, False), *owner.named_buffers("", False, False)])
@@ -194,7 +234,9 @@ def _slice_tensor(model: nn.Module, name: str, axis: int, keep: tuple[int, ...])
     if axis >= tensor.dim() or not keep or keep[-1] >= tensor.shape[axis]:
         last = keep[-1] if keep else "nothing"
         raise GraphError(f"edit keeps index {last} of axis {axis} of {name!r}, whose shape is {tuple(tensor.shape)}")
-    index: NDArray[np.int64] = np.asarray(keep, dtype=np.int64)
-    kept = tensor.detach().index_select(axis, torch.from_numpy(index).to(tensor.device))
+    if id(tensor) not in made:
+        index: NDArray[np.int64] = np.asarray(keep, dtype=np.int64)
+        kept = tensor.detach().index_select(axis, torch.from_numpy(index).to(tensor.device))
+        made[id(tensor)] = nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
     # Assigning keeps a buffer a buffer, and its persistence.
-    setattr(owner, leaf, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
+    setattr(owner, leaf, made[id(tensor)])

@@ -4,8 +4,8 @@ Every activation becomes an integer tensor of the same shape that says which cha
 fresh labels and record which tensor axes carry them; data movement runs itself on the labels; elementwise operators
 merge the labels that meet. What is merged must be kept or removed as one.
 
-Label 0 means "no channel of its own" and is frozen. Spatial axes are stride-0 expansions, so a label tensor costs as
-much as its channels.
+Label 0 means "no channel of its own": attention maps, sums over channels. Axes along which the labels don't change are
+stride-0 expansions, so a label tensor costs as much as its channels.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.fx import Node
 
-from tersenet.graph.trace import Trace, module_of, where
-from tersenet.nn.adapter import ChannelAdapter
+from tersenet.graph.trace import Op, Ref, Slot, Trace, children
 
 Residual = Literal["coupled", "independent"]
 IntArray = NDArray[np.int64]
-Rule = Callable[["Labeller", Node], Any]
+Rule = Callable[["Labeller", Op], Any]
+NDArrayBool = NDArray[np.bool_]
+Key = tuple[str, int]
 
 
 @dataclass
@@ -33,9 +33,10 @@ class End:
     """One axis, of one or more tensors, that carries channel labels.
 
     `produce`: the axis makes these channels (a filter). `pass`: each channel is treated on its own (batch norm,
-    depthwise). `consume`: the channels are read and mixed. `attributes` are module integers that shrink in proportion.
-    `reads` are the labels of the whole activation that a `consume` end reads (longer than `labels` in a grouped
-    convolution). `fed_by` are the ends through which the data came last. `nodes` are its uses in the trace.
+    depthwise). `consume`: the channels are read and mixed; without tensors, by an operator such as a sum.
+    `attributes` are module sizes that shrink in proportion. `reads` are the labels of the whole activation that a
+    `consume` end reads (longer than `labels` in a grouped convolution), along `reads_axis` of the operator's argument
+    `reads_argument`. `fed_by` are the ends through which the data came last. `uses` are operators of the trace.
     """
 
     role: Literal["produce", "pass", "consume"]
@@ -43,28 +44,63 @@ class End:
     tensors: tuple[str, ...]
     axis: int
     labels: IntArray
-    nodes: list[Node]
+    uses: list[int]
     attributes: tuple[tuple[str, str], ...] = ()
     fed_by: frozenset[int] = frozenset()
     reads: IntArray | None = None
+    reads_axis: int = 1
+    reads_argument: int = 0
 
 
 @dataclass
 class LayerUse:
-    """One application of a convolution or linear layer, for counting. `macs` are per example batch."""
+    """One application of a layer, or one product of activations, for counting. `macs` are per example batch, and go
+    down with the share of every label vector in `scales` that is kept."""
 
     name: str
     macs: int
-    produces: int
-    consumes: int | None
+    scales: tuple[IntArray, ...]
 
 
 @dataclass
 class Value:
-    """An activation: its labels, and the ends that it came through last."""
+    """An activation: its labels, and the ends that it came through last.
+
+    `weighs`: an attention map. What is added to it changes no channel that is zero behind it.
+    """
 
     labels: Tensor
     origin: frozenset[int] = frozenset()
+    weighs: bool = False
+
+
+@dataclass
+class Weight:
+    """A parameter, or what is computed of parameters only: for every parameter axis that is in it, a label tensor of
+    its shape. `name` is that of an untouched parameter."""
+
+    shape: tuple[int, ...]
+    axes: dict[Key, Tensor]
+    name: str | None = None
+
+
+@dataclass
+class Table:
+    """Labels in rows and columns of which only whole rows, or whole columns, can go: Python regroups channels by
+    numbers that it computes. `free` are the axes along which entries may be missing."""
+
+    labels: IntArray
+    free: tuple[int, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """An operator that takes a mean or a variance over channels, along `axis` of its first argument."""
+
+    op: int
+    axis: int
+    labels: IntArray
 
 
 @dataclass
@@ -74,11 +110,22 @@ class Labelling:
     ends: list[End] = field(default_factory=list[End])
     layers: list[LayerUse] = field(default_factory=list[LayerUse])
     merges: list[tuple[IntArray, IntArray]] = field(default_factory=list[tuple[IntArray, IntArray]])
+    tables: list[Table] = field(default_factory=list[Table])
     frozen: list[tuple[IntArray, str]] = field(default_factory=list[tuple[IntArray, str]])
+    statistics: list[Statistic] = field(default_factory=list[Statistic])
     scatters: list[tuple[IntArray, frozenset[int], str]] = field(
         default_factory=list[tuple[IntArray, frozenset[int], str]]
     )
+    sources: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    results: dict[int, list[list[Tensor]]] = field(default_factory=dict[int, list[list[Tensor]]])
     count: int = 1
+
+    def freeze_around(self, op: Op, reason: str) -> None:
+        """Freeze the channels that an operator makes and, where it only passes them on, those that it reads."""
+        held = [labels for result in self.results.get(op.number, []) for labels in result]
+        for labels in [*held, *([self.sources[op.number]] if op.number in self.sources else [])]:
+            small = compressed(labels).numpy()
+            self.frozen.append((np.unique(small[small != 0]), reason))
 
 
 class Labeller:
@@ -89,31 +136,46 @@ class Labeller:
         self.trace = trace
         self.residual: Residual = residual
         self.out = Labelling()
-        self.values: dict[Node, Any] = {}
-        self._axis_labels: dict[tuple[str, int], IntArray] = {}
+        self.values: dict[int, Any] = {}
+        self.modules = dict(model.named_modules())
+        self._axis_labels: dict[Key, IntArray] = {}
         self._end_index: dict[tuple[str, int, str], int] = {}
-        self._tied = _tied_tensors(model)
 
     def run(self) -> Labelling:
         from tersenet.graph.rules import apply_rule
 
-        for node in self.trace.nodes:
-            if node.op == "placeholder":
-                self.values[node] = self._placeholder(node)
-            elif node.op == "call_function":
-                self.values[node] = apply_rule(self, node)
-            elif node.op == "output":
-                for value in _flatten([self.get(arg) for arg in node.args]):
-                    self.freeze(value, "the network's output")
+        for slot in self.trace.inputs:
+            self.values[slot] = self._input(self.trace.slots[slot])
+        for op in self.trace.ops:
+            source = self.get(op.args[0]) if op.args else None
+            if isinstance(source, Value):
+                self.out.sources[op.number] = source.labels
+            result = apply_rule(self, op)
+            results = result if isinstance(result, list) else [result]
+            refs = op.result if isinstance(op.result, list) else [op.result]
+            self.out.results[op.number] = [_held(r) for r in results]
+            for ref, value in zip(refs, results, strict=False):
+                if isinstance(ref, Ref) and value is not None:
+                    self.values[ref.slot] = value
+        for value in flatten(self.get(self.trace.outputs)):
+            self.freeze(value, "the network's output")
         return self.out
 
     def get(self, arg: Any) -> Any:
-        """An operator's argument with every node replaced by its value."""
-        if isinstance(arg, Node):
-            return self.values.get(arg)
-        if isinstance(arg, (list, tuple)):
-            return [self.get(a) for a in arg]  # pyright: ignore[reportUnknownVariableType]
+        """An operator's argument with every tensor replaced by its value: None for constants."""
+        if isinstance(arg, Ref):
+            if arg.slot not in self.values:
+                self.values[arg.slot] = self._parameter(self.trace.slots[arg.slot])
+            return self.values[arg.slot]
+        if isinstance(arg, (list, tuple, dict)):
+            return [self.get(a) for a in children(arg)]
         return arg
+
+    def slot(self, arg: Any) -> Slot:
+        return self.trace.slots[arg.slot]
+
+    def shape(self, arg: Any) -> tuple[int, ...]:
+        return self.slot(arg).shape
 
     def fresh(self, count: int) -> IntArray:
         start = self.out.count
@@ -121,36 +183,40 @@ class Labeller:
         return np.arange(start, start + count)
 
     def merge(self, a: IntArray, b: IntArray) -> None:
-        differs = a != b
+        """Tie labels that meet. What has no channel of its own ties nothing."""
+        differs = (a != b) & (a != 0) & (b != 0)
         if differs.any():
             self.out.merges.append((a[differs], b[differs]))
 
     def freeze(self, value: Any, reason: str) -> None:
         labels = value.labels if isinstance(value, Value) else value
         if isinstance(labels, Tensor):
-            self.out.frozen.append((np.unique(compressed(labels).numpy()), reason))
-        elif isinstance(labels, np.ndarray):
-            self.out.frozen.append((np.unique(labels), reason))
+            labels = compressed(labels).numpy()
+        if isinstance(labels, np.ndarray):
+            self.out.frozen.append((np.unique(labels[labels != 0]), reason))
 
-    def operands(self, node: Node) -> list[Any]:
+    def operands(self, op: Op) -> list[Any]:
         """The values of all of an operator's arguments, lists opened."""
-        found: list[Any] = []
-        for arg in [*node.args, *node.kwargs.values()]:
-            value = self.get(arg)
-            found.extend(value if isinstance(value, list) else [value])
-        return found
+        return flatten([self.get(arg) for arg in [*op.args, *op.kwargs.values()]])
 
-    def refuse(self, node: Node, reason: str) -> Any:
+    def refuse(self, op: Op, reason: str) -> Any:
         """Freeze everything that an operator reads, and what meets its results later, for the same reason."""
-        for value in self.operands(node):
+        for value in self.operands(op):
             if isinstance(value, Value):
                 self.freeze(value, reason)
+            elif isinstance(value, Weight):
+                for labels in value.axes.values():
+                    self.freeze(labels, reason)
         label = self.fresh(1)
         self.freeze(label, reason)
-        return _filled(node.meta.get("val"), torch.from_numpy(label))
-
-    def parameter_name(self, node: Any) -> str | None:
-        return self.trace.tensors.get(node.name) if isinstance(node, Node) else None
+        refs = op.result if isinstance(op.result, list) else [op.result]
+        filled = [
+            Value(torch.from_numpy(label).view([1] * len(self.shape(r))).expand(self.shape(r)))
+            if isinstance(r, Ref)
+            else None
+            for r in refs
+        ]
+        return filled if isinstance(op.result, list) else filled[0]
 
     def axis_labels(self, tensor: str, axis: int, size: int) -> IntArray:
         """The labels that a parameter axis makes: the same at every use, so reused modules tie by themselves."""
@@ -161,68 +227,61 @@ class Labeller:
 
     def end(self, end: End) -> int:
         """Record `end` and return its number. A second use of the same tensor axis is merged with the first."""
-        for name in end.tensors:
-            if name in self._tied:
-                self.freeze(end.labels, f"{name} is the same tensor as {self._tied[name]} of another module")
         key = (
-            end.tensors[0] if end.tensors else end.layer,
+            end.tensors[0] if end.tensors else f"{end.layer}:{end.uses[0]}" if end.reads is not None else end.layer,
             end.axis,
-            end.role if end.tensors else end.attributes[0][1],
+            end.role if end.tensors or not end.attributes else end.attributes[0][1],
         )
         if key in self._end_index:
-            known = self._end_index[key]
-            self.merge(self.out.ends[known].labels, end.labels)
-            self.out.ends[known].fed_by |= end.fed_by
-            self.out.ends[known].nodes += end.nodes
-            return known
+            known = self.out.ends[self._end_index[key]]
+            self.merge(known.labels, end.labels)
+            if known.reads is not None and end.reads is not None and len(known.reads) == len(end.reads):
+                self.merge(known.reads, end.reads)
+            known.fed_by |= end.fed_by
+            known.uses += [use for use in end.uses if use not in known.uses]
+            known.attributes += tuple(a for a in end.attributes if a not in known.attributes)
+            return self._end_index[key]
         self._end_index[key] = len(self.out.ends)
         self.out.ends.append(end)
         return self._end_index[key]
 
+    def table(self, labels: IntArray, free: tuple[int, ...], op: Op) -> None:
+        if labels.size:
+            self.out.tables.append(Table(labels, free, describe(op)))
+
     def module(self, name: str) -> nn.Module | None:
-        try:
-            return self.model.get_submodule(name)
-        except AttributeError:
-            return None
+        return self.modules.get(name)
 
-    def _placeholder(self, node: Node) -> Value | None:
-        name = self.trace.tensors.get(node.name, "")
-        owner = name.rpartition(".")[0]
-        if name.endswith(".taps") and isinstance(self.module(owner), ChannelAdapter):
-            # Computed with before they meet the channels that they belong to, so they carry labels of their own.
-            taps = self.axis_labels(name, 0, int(node.meta["val"].shape[0]))
-            self.end(End("pass", owner, (name,), 0, taps, [node]))
-            return Value(spread(taps, node.meta["val"].shape, axis=0))
-        if node.name not in self.trace.inputs or not isinstance(node.meta.get("val"), Tensor):
+    def _parameter(self, slot: Slot) -> Weight | None:
+        name = slot.parameter
+        if name is None:
             return None
-        shape = node.meta["val"].shape
-        if len(shape) < 2:
-            return Value(torch.zeros(1, dtype=torch.long).expand(shape))
-        labels = self.fresh(int(shape[1]))
+        axes = {
+            (name, axis): spread(self.axis_labels(name, axis, size), slot.shape, axis)
+            for axis, size in enumerate(slot.shape)
+        }
+        return Weight(slot.shape, axes, name)
+
+    def _input(self, slot: Slot) -> Value:
+        if len(slot.shape) < 2:
+            return Value(torch.zeros(1, dtype=torch.long).expand(slot.shape))
+        labels = self.fresh(slot.shape[1])
         self.freeze(labels, "the network's input")
-        return Value(spread(labels, shape))
+        return Value(spread(labels, slot.shape))
 
 
-def _tied_tensors(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that belong to more than one module -> the name in the other module.
-
-    Cutting one would break the tie. A module that is registered or used twice is one module and may be cut.
-    """
-    first: dict[int, tuple[int, str]] = {}
-    tied: dict[str, str] = {}
-    for path, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
-            owner, other = first.setdefault(id(tensor), (id(module), name))
-            if owner != id(module):
-                tied |= {name: other, other: name}
-    return tied
+def _held(value: Any) -> list[Tensor]:
+    """The label tensors of a result: one of an activation, one for every parameter axis of what is computed of some."""
+    if isinstance(value, Value):
+        return [value.labels]
+    return list(value.axes.values()) if isinstance(value, Weight) else []
 
 
 def spread(labels: IntArray, shape: Any, axis: int = 1) -> Tensor:
     """Labels of a channel axis as a tensor of `shape`, the other axes with stride 0."""
     view = [1] * len(shape)
     view[axis] = len(labels)
-    return torch.from_numpy(labels).view(view).expand(*shape)
+    return torch.from_numpy(np.ascontiguousarray(labels)).view(view).expand(*shape)
 
 
 def compressed(labels: Tensor) -> Tensor:
@@ -233,35 +292,50 @@ def compressed(labels: Tensor) -> Tensor:
     return labels
 
 
+def slim(labels: Tensor) -> Tensor:
+    """The same labels, with stride 0 along every axis along which they don't change."""
+    small = compressed(labels)
+    for axis in range(small.dim()):
+        if small.shape[axis] > 1:
+            first = small.narrow(axis, 0, 1)
+            if bool((small == first).all()):
+                small = first
+    return small.expand(labels.shape)
+
+
+def varying(labels: Tensor) -> list[int]:
+    """The axes along which the labels change: after `slim`, those with a stride."""
+    return [axis for axis, stride in enumerate(labels.stride()) if stride != 0 and labels.shape[axis] > 1]
+
+
 def axis_vector(labels: Tensor, axis: int) -> IntArray | None:
     """The labels along `axis`, or None if they also change along another axis."""
-    small = compressed(labels)
-    vector = small
+    if labels.numel() == 0:
+        return None
+    axis %= labels.dim()
+    if any(other != axis for other in varying(labels)):
+        return None
     for other in range(labels.dim()):
-        if other != axis % labels.dim() and vector.shape[other] > 1:
-            first = vector.narrow(other, 0, 1)
-            if not bool((vector == first).all()):
-                return None
-            vector = first
-    return vector.reshape(-1).expand(labels.shape[axis]).numpy().copy()
+        if other != axis:
+            labels = labels.narrow(other, 0, 1)
+    return labels.reshape(-1).numpy().copy()
 
 
-def describe(node: Node) -> str:
+def array_of(labels: Tensor, axes: list[int]) -> IntArray:
+    """The labels along `axes` (increasing), at the first place of all other axes."""
+    for axis in range(labels.dim()):
+        if axis not in axes:
+            labels = labels.narrow(axis, 0, 1)
+    return labels.reshape([labels.shape[a] for a in axes]).numpy().copy()
+
+
+def describe(op: Op) -> str:
     """`aten.softmax in layer4 (net.py:12)`: an operator as it is named in reasons."""
-    place = where(node)
-    module = module_of(node)
-    return f"{node.target}" + (f" in {module}" if module else "") + (f" ({place})" if place else "")
+    where, module = str(op.place), op.place.module
+    return f"aten.{op.name.lstrip('_')}" + (f" in {module}" if module else "") + (f" ({where})" if where else "")
 
 
-def _filled(meta: Any, label: Tensor) -> Any:
-    if isinstance(meta, Tensor):
-        return Value(label.view(()).expand(meta.shape))
-    if isinstance(meta, (list, tuple)):
-        return [_filled(m, label) for m in meta]  # pyright: ignore[reportUnknownVariableType]
-    return None
-
-
-def _flatten(value: Any) -> list[Any]:
+def flatten(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
-        return [v for item in value for v in _flatten(item)]  # pyright: ignore[reportUnknownVariableType]
+        return [v for item in value for v in flatten(item)]  # pyright: ignore[reportUnknownVariableType]
     return [value]

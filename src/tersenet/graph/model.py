@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from tersenet.errors import GraphError
 from tersenet.graph.edits import Edit
-from tersenet.graph.labels import End, IntArray, Labeller, Labelling, Residual
+from tersenet.graph.labels import End, IntArray, Labeller, Labelling, NDArrayBool, Residual
+from tersenet.graph.mend import Fixed
 from tersenet.graph.record import InputSpec, Record, attach, record_of
-from tersenet.graph.trace import Trace, trace
+from tersenet.graph.shrink import axis_in
+from tersenet.graph.trace import Trace, tensors_in, trace
+from tersenet.graph.trial import find_fixed
 from tersenet.graph.units import ChannelGroup, Units, build_units
 
 Kept = dict[str, IntArray]
@@ -37,9 +40,7 @@ class ModelGraph:
         self.model = model
         self.example = example
         self.residual: Residual = residual
-        self.record = record_of(model) or Record(
-            base=None, input=InputSpec(shape=tuple(int(s) for s in example[0].shape[1:]))
-        )
+        self.record = record_of(model) or Record(base=None, input=InputSpec(shape=_shape_of(example)))
 
     @cached_property
     def trace(self) -> Trace:
@@ -47,7 +48,15 @@ class ModelGraph:
 
     @cached_property
     def found(self) -> Labelling:
-        return Labeller(self.model, self.trace, self.residual).run()
+        found = Labeller(self.model, self.trace, self.residual).run()
+        for op, reason in self.fixed.stuck.items():
+            found.freeze_around(self.trace.ops[op], reason)
+        return found
+
+    @cached_property
+    def fixed(self) -> Fixed:
+        """Sizes that are numbers in the network's code: attributes that have to shrink, and what can't."""
+        return find_fixed(self.model, self.example, self.trace)
 
     @cached_property
     def units(self) -> Units:
@@ -63,7 +72,8 @@ class ModelGraph:
 
     @property
     def batch(self) -> int:
-        return int(self.example[0].shape[0])
+        first = self.example[0]
+        return int(first.shape[0]) if isinstance(first, Tensor) else len(first)
 
     def group(self, name: str) -> ChannelGroup:
         for group in self.groups:
@@ -102,7 +112,7 @@ class ModelGraph:
         edit.replay(self.model)
         self.record = self.record.model_copy(update={"edits": (*self.record.edits, edit)})
         attach(self.model, self.record)
-        for name in ("trace", "found", "units"):
+        for name in ("trace", "found", "fixed", "units"):
             self.__dict__.pop(name, None)
 
     def removed(self, kept: Kept) -> NDArrayBool:
@@ -132,9 +142,8 @@ class ModelGraph:
         total = 0.0
         for layer in self.found.layers:
             macs = float(layer.macs // self.batch)
-            for end in (layer.produces, layer.consumes):
-                if end is not None:
-                    macs *= shares[self.units.of[self.ends[end].labels]].mean()
+            for labels in layer.scales:
+                macs *= shares[self.units.of[labels]].mean()
             total += macs
         return total
 
@@ -175,20 +184,21 @@ class ModelGraph:
         return {g.name: g.frozen for g in self.groups if g.frozen}
 
 
-def axis_in(end: End, dims: int) -> int:
-    """The axis in one of its tensors: a transposed convolution's weight makes channels on axis 1, its bias on 0."""
-    return end.axis if end.axis < dims else 0
-
-
-NDArrayBool = NDArray[np.bool_]
+def _shape_of(example: tuple[Any, ...]) -> tuple[int, ...]:
+    """Of one sample: the first tensor without its batch axis, or the first image of a list."""
+    first = tensors_in(example)[0]
+    return tuple(first.shape[1:] if isinstance(example[0], Tensor) else first.shape)
 
 
 def random_like(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Normal noise in place of every floating tensor of `example`; the rest is passed on."""
+    """Normal noise in place of every floating tensor of `example`, also in lists and dicts; the rest is passed on."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        if isinstance(x, Tensor) and x.is_floating_point()
-        else x
-        for x in example
-    )
+
+    def noise(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        if isinstance(x, (list, tuple)):
+            return type(x)(noise(v) for v in x)  # pyright: ignore
+        return {k: noise(v) for k, v in x.items()} if isinstance(x, dict) else x  # pyright: ignore
+
+    return tuple(noise(x) for x in example)

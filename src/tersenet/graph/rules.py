@@ -2,155 +2,201 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from tersenet.graph import layer_rules
-from tersenet.graph.labels import End, Labeller, Rule, Value, axis_vector, compressed, describe, spread
-from tersenet.graph.ties import tie_regrouped
+from tersenet.graph import contraction_rules, layer_rules, movement_rules, weight_rules
+from tersenet.graph.labels import (
+    End,
+    Labeller,
+    Rule,
+    Statistic,
+    Value,
+    Weight,
+    array_of,
+    axis_vector,
+    describe,
+    slim,
+    spread,
+    varying,
+)
+from tersenet.graph.trace import Op, Ref
 
 UNARY = frozenset(
     "relu relu6 hardtanh leaky_relu elu selu celu silu gelu mish softplus softsign sigmoid tanh hardswish hardsigmoid "
-    "log_sigmoid hardshrink softshrink threshold dropout feature_dropout alpha_dropout clone contiguous detach alias "
-    "lift_fresh lift_fresh_copy to _to_copy neg abs exp log sqrt rsqrt reciprocal square sign round floor ceil clamp "
-    "clamp_min clamp_max nan_to_num bernoulli erf type_as".split()
+    "log_sigmoid log_sigmoid_forward hardshrink softshrink threshold dropout native_dropout clone contiguous detach "
+    "alias lift_fresh lift_fresh_copy _to_copy neg abs exp exp2 log log1p expm1 sqrt rsqrt reciprocal square sign sgn "
+    "round floor ceil trunc clamp clamp_min clamp_max nan_to_num bernoulli erf sin cos isnan isinf logical_not "
+    "bitwise_not masked_fill zeros_like ones_like full_like empty_like rand_like randn_like".split()
 )
-ELEMENTWISE = frozenset("add sub mul div pow maximum minimum where lerp addcmul addcdiv rsub eq ne lt le gt ge".split())
-# These run themselves on the labels; `view` becomes `reshape`, because label tensors are not contiguous.
-MOVEMENT = frozenset(
-    "view _unsafe_view reshape permute transpose t flatten unflatten squeeze unsqueeze expand expand_as slice select "
-    "split split_with_sizes chunk unbind stack pixel_shuffle pixel_unshuffle channel_shuffle roll flip narrow repeat "
-    "movedim swapaxes numpy_T mT index_select".split()
+MULTIPLICATIVE = frozenset("mul div".split())
+ELEMENTWISE = MULTIPLICATIVE | frozenset(
+    "add sub pow maximum minimum where lerp addcmul addcdiv rsub eq ne lt le gt ge copy atan2 fmod remainder "
+    "logical_and logical_or bitwise_and bitwise_or".split()
 )
-REDUCTIONS = frozenset("mean sum amax amin max min var std".split())
+SUMS = frozenset("sum linalg_vector_norm".split())
+STATISTICS = frozenset("mean var std var_mean std_mean".split())
+FRESH = frozenset("new_zeros new_ones new_full new_empty".split())
+"""Constants that take only their type from a tensor."""
+REDUCTIONS = SUMS | STATISTICS | frozenset("amax amin max min logsumexp prod all any argmax argmin".split())
 
 
-def apply_rule(run: Labeller, node: Node) -> Any:
-    """The value of `node`: labels for tensors that carry channels, None for constants."""
-    if node.target is operator.getitem:
-        source: Any = run.get(node.args[0])
-        place: Any = node.args[1]
-        return source[place] if isinstance(source, list) else source
-    name = base_name(node)
-    # An operator without a result, such as an assertion that export puts in, does nothing to channels.
-    if node.meta.get("val") is None or not any(isinstance(v, Value) for v in run.operands(node)):
+def apply_rule(run: Labeller, op: Op) -> Any:
+    """The value of `op`: labels for tensors that carry channels, a `Weight` for what is computed of parameters."""
+    values = run.operands(op)
+    if not any(isinstance(r, Ref) for r in _results(op)):
         return None
-    rule = RULES.get(name)
+    held = [v for v in values if isinstance(v, (Value, Weight))]
+    if not held or op.name in FRESH:
+        return None
+    if not any(isinstance(v, Value) for v in held) and op.name not in layer_rules.LAYERS:
+        return weight_rules.computed(run, op)
+    rule = RULES.get(op.name)
     if rule is None:
-        return run.refuse(node, f"{describe(node)} is not understood")
-    return rule(run, node)
+        return run.refuse(op, f"{describe(op)} is not understood")
+    try:
+        return rule(run, op)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
+        # What a rule did not foresee must freeze channels, and not end the user's work.
+        return run.refuse(op, f"{describe(op)} is not understood ({type(error).__name__}: {str(error)[:80]})")
 
 
-def base_name(node: Node) -> str:
-    """`conv2d` of `aten::conv2d`, `relu` of `aten::relu_`."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.rsplit("::", 1)[-1].removesuffix("_") if schema is not None else str(node.target)
+def _results(op: Op) -> list[Any]:
+    return op.result if isinstance(op.result, list) else [op.result]
 
 
-def _unary(run: Labeller, node: Node) -> Any:
-    value = run.get(node.args[0])
-    return value if isinstance(value, Value) else run.refuse(node, f"{describe(node)} has no tensor input")
+def _unary(run: Labeller, op: Op) -> Any:
+    value = run.get(op.args[0])
+    if not isinstance(value, Value):
+        return run.refuse(op, f"{describe(op)} has no tensor input")
+    return [value] * len(op.result) if isinstance(op.result, list) else value
 
 
-def _movement(run: Labeller, node: Node) -> Any:
-    name = base_name(node)
-    values = [v for v in run.operands(node) if isinstance(v, Value)]
-    origin = frozenset[int]().union(*(v.origin for v in values))
-    args = [_labels_of(run, a) for a in node.args]
-    kwargs = {k: _labels_of(run, a) for k, a in node.kwargs.items()}
-    if name in ("view", "_unsafe_view", "reshape"):
-        result: Any = args[0].reshape(args[1])
-    elif name == "index_select":
-        index = _constant(run, node.args[2])
-        if index is None:
-            return run.refuse(node, f"{describe(node)} has a computed index")
-        result = args[0].index_select(args[1], index)
-    else:
-        target: Any = node.target
-        result = target(*args, **kwargs)
-    results: list[Tensor] = list(result) if isinstance(result, (list, tuple)) else [result]
-    if isinstance(args[0], Tensor):
-        tie_regrouped(run, node, name, args[0], results)
-    values = [Value(r, origin) for r in results]
-    return values if isinstance(result, (list, tuple)) else values[0]
-
-
-def _labels_of(run: Labeller, arg: Any) -> Any:
-    value = run.get(arg)
-    if isinstance(value, Value):
-        return value.labels
-    if isinstance(value, list):
-        return [v.labels if isinstance(v, Value) else v for v in value]  # pyright: ignore[reportUnknownVariableType]
+def _restrided(run: Labeller, op: Op) -> Any:
+    """Another memory order of the same tensor, as pooling to one pixel makes it."""
+    value = run.get(op.args[0])
+    if tuple(op.args[1]) != run.shape(op.args[0]):
+        return run.refuse(op, f"{describe(op)} is not understood")
     return value
 
 
-def _constant(run: Labeller, arg: Any) -> Tensor | None:
-    """A buffer's real content (an index table), if `arg` is one."""
-    name = run.parameter_name(arg)
-    if name is None:
-        return None
-    return run.model.get_buffer(name).detach().cpu() if name in dict(run.model.named_buffers()) else None
-
-
-def _cat(run: Labeller, node: Node) -> Any:
-    tensors = run.get(node.args[0])
-    if not all(isinstance(t, Value) for t in tensors):
-        return run.refuse(node, f"{describe(node)} joins a constant to channels")
-    axis: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    out = node.meta["val"].shape
-    axis = axis % len(out)
-    labels: list[Tensor] = [t.labels for t in tensors]
-    for other in range(len(out)):
-        if other != axis and all(t.stride(other) == 0 for t in labels):
-            labels = [t.narrow(other, 0, 1) for t in labels]
-    joined = torch.cat([t.contiguous() for t in labels], axis)
-    return Value(joined.expand(out), frozenset[int]().union(*(t.origin for t in tensors)))
-
-
-def _reduction(run: Labeller, node: Node) -> Any:
-    """Over axes along which the labels don't change, a reduction keeps them; over channels it mixes them."""
-    value = run.get(node.args[0])
-    meta: Any = node.meta["val"]
-    axes: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if axes is None or isinstance(axes, bool) or not isinstance(value, Value):
-        return run.refuse(node, f"{describe(node)} reduces over channels")
-    axes = sorted(a % value.labels.dim() for a in ([axes] if isinstance(axes, int) else axes))
+def _along(run: Labeller, op: Op) -> Any:
+    """Softmax, cumulative sums, sorting: free along places, forbidden along channels, tied where there are groups."""
+    value: Value = run.get(op.args[0])
+    axis = op.args[1] if len(op.args) > 1 else -1
     labels = value.labels
+    axis = axis % labels.dim()
+    axes = varying(labels)
+    if axis in axes:
+        if axes == [axis]:
+            return run.refuse(op, f"{describe(op)} works along channels")
+        labels = collapse(run, labels, [axis])
+    result = Value(labels, value.origin, value.weighs)
+    return [result] * len(op.result) if isinstance(op.result, list) else result
+
+
+def collapse(run: Labeller, labels: Tensor, axes: list[int]) -> Tensor:
+    """Tie all labels along `axes`; the same labels with the first ones in their place."""
     for axis in axes:
         first = labels.narrow(axis, 0, 1)
-        if labels.stride(axis) != 0 and not bool((compressed(labels) == compressed(first)).all()):
-            return run.refuse(node, f"{describe(node)} reduces over channels")
-        labels = first
-    out = meta if isinstance(meta, Tensor) else meta[0]
-    if len(out.shape) < labels.dim():
+        everywhere = varying(labels)
+        if axis in everywhere:
+            run.merge(
+                array_of(first.expand(labels.shape), everywhere).reshape(-1), array_of(labels, everywhere).reshape(-1)
+            )
+        labels = first.expand(labels.shape)
+    return labels
+
+
+def _reduction(run: Labeller, op: Op) -> Any:
+    """Over axes along which the labels don't change, a reduction keeps them; over channels it mixes them."""
+    value: Value = run.get(op.args[0])
+    labels = value.labels
+    axes: Any = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim")
+    if op.name == "linalg_vector_norm":
+        axes = op.args[2] if len(op.args) > 2 else op.kwargs.get("dim")
+    if axes is None or isinstance(axes, bool) or axes == []:
+        axes = list(range(labels.dim()))
+    axes = sorted(a % labels.dim() for a in ([axes] if isinstance(axes, int) else axes))
+    mixed = [a for a in varying(labels) if a in axes]
+    if mixed == varying(labels) and mixed:
+        if len(mixed) > 1 or op.name not in SUMS | STATISTICS:
+            return run.refuse(op, f"{describe(op)} reduces over channels")
+        vector = array_of(labels, mixed)
+        if op.name in STATISTICS:
+            run.out.statistics.append(Statistic(op.number, mixed[0], vector))
+        read_whole(run, op, value, vector, mixed[0])
+        labels = torch.zeros(1, dtype=torch.long).expand(labels.shape)
+    elif mixed:
+        labels = collapse(run, labels, mixed)
+    for axis in axes:
+        labels = labels.narrow(axis, 0, 1)
+    first = _results(op)[0]
+    if len(run.shape(first)) < labels.dim():
         for axis in reversed(axes):
             labels = labels.squeeze(axis)
-    result = Value(labels, value.origin)
-    return result if isinstance(meta, Tensor) else [result] * len(meta)
+    result = Value(labels, value.origin, value.weighs)
+    return [result] * len(op.result) if isinstance(op.result, list) else result
 
 
-def _elementwise(run: Labeller, node: Node) -> Any:
-    shape = node.meta["val"].shape
-    operands: list[Any] = list(node.args)
-    values = [run.get(a) for a in operands]
-    tensors = [v for v in values if isinstance(v, Value)]
-    widest = max(tensors, key=lambda v: v.labels.numel())
-    if run.residual == "independent" and base_name(node) in ("add", "sub") and _is_residual(tensors):
-        return _independent_sum(run, node, tensors)
-    labels = widest.labels.expand(shape)
-    for value in tensors:
-        if value is not widest:
-            _merge_broadcast(run, labels, value, node)
+def read_whole(run: Labeller, op: Op, value: Value, vector: Any, axis: int, argument: int = 0) -> None:
+    """An operator without tensors of its own reads all channels: what is removed has to be zero there."""
+    end = End("consume", op.place.module, (), axis, vector, [op.number], (), value.origin, vector, axis, argument)
+    run.end(end)
+
+
+def _elementwise(run: Labeller, op: Op) -> Any:
+    shape = run.shape(_results(op)[0])
+    refs = [a for a in [*op.args, *op.kwargs.values()] if isinstance(a, Ref)]
+    values = [(ref, run.get(ref)) for ref in refs]
+    tensors = [v for _, v in values if isinstance(v, Value)]
+    if run.residual == "independent" and op.name in ("add", "sub") and _is_residual(tensors):
+        return _independent_sum(run, op, tensors)
     origin = frozenset[int]().union(*(v.origin for v in tensors))
-    for arg, value in zip(operands, values, strict=True):
-        if isinstance(arg, Node) and not isinstance(value, Value):
-            _parameter_operand(run, node, arg, labels, origin)
-    return Value(labels, origin)
+    labels = slim(tensors[0].labels.expand(shape))
+    weighs = any(v.weighs for v in tensors)
+    harmless = weighs or op.name in MULTIPLICATIVE
+    for value in tensors[1:]:
+        labels = _meet(run, op, labels, slim(value.labels.expand(shape)), harmless)
+    for ref, value in values:
+        if isinstance(value, Weight):
+            labels = weight_rules.attach(run, op, value, labels, origin, harmless)
+        elif value is None:
+            _constant_operand(run, op, run.shape(ref), labels)
+    return Value(labels, origin, weighs)
+
+
+def _meet(run: Labeller, op: Op, a: Tensor, b: Tensor, harmless: bool) -> Tensor:
+    """Two label tensors of one shape that are combined; the labels of the result."""
+    if len(varying(a)) < len(varying(b)):
+        a, b = b, a
+    wide, narrow = varying(a), varying(b)
+    if not set(narrow) <= set(wide):
+        for labels in (a, b):
+            run.freeze(labels, f"{describe(op)} combines channels along two axes")
+        return a
+    if wide and not narrow:
+        # One value for all channels. A product with it keeps what is zero; a sum does not.
+        run.freeze(b, f"{describe(op)} broadcasts it over channels")
+        if not harmless:
+            run.freeze(a, f"{describe(op)} combines it with one value for all channels")
+        return a
+    left, right = array_of(a, wide).reshape(-1), array_of(b.expand(a.shape), wide).reshape(-1)
+    run.merge(left, right)
+    if not harmless:
+        run.freeze(left[right == 0], f"{describe(op)} combines it with values that have no channel")
+        run.freeze(right[left == 0], f"{describe(op)} combines it with values that have no channel")
+    return a if (left != 0).all() else torch.where(a == 0, b, a)
+
+
+def _constant_operand(run: Labeller, op: Op, shape: tuple[int, ...], labels: Tensor) -> None:
+    """A tensor made in forward, or kept outside the network's parameters: it does not shrink."""
+    offset = labels.dim() - len(shape)
+    if any(axis >= offset and shape[axis - offset] > 1 for axis in varying(labels)):
+        run.freeze(labels, f"{describe(op)} combines it with a tensor of fixed size")
 
 
 def _is_residual(tensors: list[Value]) -> bool:
@@ -160,54 +206,25 @@ def _is_residual(tensors: list[Value]) -> bool:
     return a is not None and b is not None and not np.array_equal(a, b)
 
 
-def _independent_sum(run: Labeller, node: Node, tensors: list[Value]) -> Value:
+def _independent_sum(run: Labeller, op: Op, tensors: list[Value]) -> Value:
     """The trunk keeps its full width; each summand is put back at its own channels before the sum."""
     for value in tensors:
         vector = axis_vector(value.labels, 1)
         if vector is not None:
-            run.out.scatters.append((vector, value.origin, describe(node)))
-    shape = node.meta["val"].shape
-    trunk = run.fresh(int(shape[1]))
-    run.freeze(trunk, f"the residual trunk keeps its full width at {describe(node)}")
+            run.out.scatters.append((vector, value.origin, describe(op)))
+    shape = run.shape(op.result)
+    trunk = run.fresh(shape[1])
+    run.freeze(trunk, f"the residual trunk keeps its full width at {describe(op)}")
     return Value(spread(trunk, shape), frozenset[int]().union(*(t.origin for t in tensors)))
-
-
-def _merge_broadcast(run: Labeller, labels: Tensor, value: Value, node: Node) -> None:
-    other = value.labels.reshape((1,) * (labels.dim() - value.labels.dim()) + tuple(value.labels.shape))
-    for axis in range(labels.dim()):
-        if other.shape[axis] == 1 and labels.shape[axis] > 1 and labels.stride(axis) != 0:
-            run.freeze(value, f"{describe(node)} broadcasts it over channels")
-            return
-    a, b = labels, other.expand(labels.shape)
-    for axis in range(labels.dim()):
-        if a.stride(axis) == 0 and b.stride(axis) == 0:
-            a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
-    run.merge(a.reshape(-1).numpy(), b.reshape(-1).numpy())
-
-
-def _parameter_operand(run: Labeller, node: Node, arg: Node, labels: Tensor, origin: frozenset[int]) -> None:
-    """A parameter, buffer or constant in an elementwise operator: its channel axis is tied to the activation's."""
-    meta = arg.meta.get("val")
-    if not isinstance(meta, Tensor) or meta.numel() == 1:
-        return
-    varying = [a for a in range(labels.dim()) if compressed(labels).shape[a] > 1]
-    offset = labels.dim() - meta.dim()
-    touched = [a for a in varying if a >= offset and meta.shape[a - offset] > 1]
-    if not touched:
-        return
-    name = run.parameter_name(arg)
-    vector = axis_vector(labels, touched[0]) if len(varying) == 1 else None
-    if name is None or vector is None:
-        run.freeze(labels, f"{describe(node)} combines it with a tensor of fixed size")
-        return
-    run.end(End("pass", name.rpartition(".")[0], (name,), touched[0] - offset, vector, [node], (), origin))
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY, _unary),
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(MOVEMENT, _movement),
     **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys("_softmax _safe_softmax _log_softmax cumsum sort flip_sort".split(), _along),
+    "as_strided": _restrided,
+    **movement_rules.RULES,
     **layer_rules.RULES,
-    "cat": _cat,
+    **contraction_rules.RULES,
 }

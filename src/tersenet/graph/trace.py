@@ -1,35 +1,87 @@
-"""A network as a flat list of operators, by torch.export."""
+"""A network as a flat list of operators: what ran in one forward pass, seen from the dispatcher.
+
+The network is really run, so whatever runs can be traced, also where Python looks at values. What is seen are the
+operators that remain when torch has taken its composite ones apart: some eighty of them make up all convolutional
+networks.
+"""
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.errors import GraphError
+from tersenet.nn.adapter import ChannelAdapter
+
+SAME = frozenset([torch.ops.aten.detach.default, torch.ops.aten.alias.default])
+"""Operators that are not counted."""
 
 
 @dataclass(frozen=True)
+class Ref:
+    """A tensor in an operator's arguments or results, by its number."""
+
+    slot: int
+
+
+@dataclass
+class Slot:
+    """What is known of a tensor. `parameter` is the canonical name of a parameter or buffer; `content` are the values
+    of constants and of integer results, such as index tables."""
+
+    shape: tuple[int, ...]
+    floating: bool
+    parameter: str | None = None
+    content: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The line of the user's code that ran an operator, and the module whose forward that was."""
+
+    file: str = ""
+    line: int = 0
+    module: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}" if self.file else ""
+
+
+@dataclass
+class Op:
+    """One operator. `name` is `relu` for `aten.relu_`; tensors in `args` and `result` are `Ref`s."""
+
+    number: int
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    place: Place
+
+
+@dataclass
 class Trace:
-    """What `torch.export` saw. `tensors` maps placeholder names to the names of parameters and buffers.
+    """What ran. `inputs` are the example's tensors in order, `outputs` the result with `Ref`s for tensors."""
 
-    A tensor that two modules share has one canonical name: that of its first owner.
-    """
-
-    program: ExportedProgram
-    tensors: dict[str, str]
-    inputs: tuple[str, ...]
+    ops: list[Op] = field(default_factory=list[Op])
+    slots: list[Slot] = field(default_factory=list[Slot])
+    inputs: tuple[int, ...] = ()
+    outputs: Any = None
 
     @property
-    def nodes(self) -> list[Node]:
-        return list(self.program.graph.nodes)
+    def parameters(self) -> set[str]:
+        """Canonical names of the parameters and buffers that were used."""
+        return {slot.parameter for slot in self.slots if slot.parameter is not None}
 
 
 @contextmanager
@@ -44,57 +96,151 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = training
 
 
+@contextmanager
+def running(model: nn.Module) -> Generator[None]:
+    """How networks are run here: in evaluation mode, without gradients and without fused attention modules."""
+    for module in model.modules():
+        if isinstance(module, ChannelAdapter):
+            module.forget()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating(model), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     """The operators that `model(*example)` runs, in evaluation mode. The model is not changed.
 
     Raises:
-        GraphError: the network can't be exported (data-dependent control flow, an input of a wrong shape), with the
-            line of the user's code where that was seen.
+        GraphError: the network does not run on the example, with the line of the user's code where that was seen.
     """
+    recorder = _Recorder(model, example)
     try:
-        with evaluating(model), torch.no_grad():
-            program = torch.export.export(model, example, strict=False)
+        with running(model), recorder:
+            output = model(*example)
     except Exception as error:
         raise GraphError(
             f"{type(model).__name__} can't be traced{user_line(error)}: {first_line(error)}. The example input has "
-            f"shape {[tuple(x.shape) for x in example if isinstance(x, Tensor)]}; check it, and take data-dependent "
-            "Python branches out of forward"
+            f"shape {[tuple(x.shape) for x in example if isinstance(x, Tensor)]}; check it, and that the network and "
+            "the example are on one device"
         ) from error
-    signature = program.graph_signature
-    first_name: dict[int, str] = {}
+    return recorder.finish(output)
+
+
+def canonical_names(model: nn.Module) -> dict[int, str]:
+    """id of a parameter or buffer -> the name that its first owner gives it."""
+    names: dict[int, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        first_name.setdefault(id(tensor), name)
-    canonical = {
-        name: first_name.get(id(tensor), name)
-        for name, tensor in [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-    }
-    tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return Trace(
-        program=program,
-        tensors={node: canonical.get(name, name) for node, name in tensors.items()},
-        inputs=tuple(signature.user_inputs),  # pyright: ignore[reportArgumentType]
-    )
+        names.setdefault(id(tensor), name)
+    return names
 
 
-def where(node: Node) -> str:
-    """`file.py:88` of the user's code that made this operator, as far as it is known."""
-    place = ""
-    lines = (node.meta.get("stack_trace") or "").splitlines()
-    for line in lines:
-        parts = line.strip().split('"')
-        if line.strip().startswith("File") and len(parts) > 2 and "/torch/" not in parts[1]:
-            number = parts[2].split("line")[-1].split(",")[0].strip()
-            place = f"{parts[1].rsplit('/', 1)[-1]}:{number}"
-    return place
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in children(value) for t in tensors_in(item)]
 
 
-def module_of(node: Node) -> str:
-    """Dotted name of the innermost module whose forward made this operator; empty for the network itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return list(stack.values())[-1][0] if stack else ""
+def children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())  # pyright: ignore
+    if isinstance(value, (list, tuple)):
+        return list(value)  # pyright: ignore
+    return list(vars(value).values()) if hasattr(value, "__dataclass_fields__") else []
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.found = Trace()
+        self._names = canonical_names(model)
+        self._paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+        self._slots: dict[int, int] = {}
+        # Keeps every tensor alive, so that no other one gets its id.
+        self._alive: list[Tensor] = []
+        self._kept: dict[int, Tensor] = {}
+        self.found.inputs = tuple(self._slot(x) for x in tensors_in(example))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in SAME:
+            # Under another name it is the same tensor. How often torch does this differs from run to run.
+            self._slots[id(result)] = self._slot(args[0])
+            self._alive.append(result)
+            return result
+        taken = self.refer(args), self.refer(kwargs or {})
+        name = func._schema.name.rsplit("::", 1)[-1]
+        self.found.ops.append(
+            Op(
+                number=len(self.found.ops),
+                name=name.removesuffix("_"),
+                func=func,
+                args=tuple(taken[0]),
+                kwargs=taken[1],
+                result=self.refer(result, made=True),
+                place=self._place(inspect.currentframe()),
+            )
+        )
+        return result
+
+    def finish(self, output: Any) -> Trace:
+        """The trace. Contents are copied only now: here no operator is seen any more."""
+        self.found.outputs = self.refer(output)
+        for slot, tensor in self._kept.items():
+            self.found.slots[slot].content = tensor.detach().cpu()
+        return self.found
+
+    def refer(self, value: Any, made: bool = False) -> Any:
+        """`value` with a `Ref` for every tensor. `made`: by an operator."""
+        if isinstance(value, Tensor):
+            return Ref(self._slot(value, made))
+        if isinstance(value, dict):
+            return {k: self.refer(v, made) for k, v in value.items()}  # pyright: ignore
+        if isinstance(value, (list, tuple)) or hasattr(value, "__dataclass_fields__"):
+            return [self.refer(v, made) for v in children(value)]
+        return value
+
+    def _slot(self, tensor: Tensor, made: bool = False) -> int:
+        known = self._slots.get(id(tensor))
+        if known is not None:
+            return known
+        self._slots[id(tensor)] = len(self.found.slots)
+        self._alive.append(tensor)
+        name = self._names.get(id(tensor))
+        floating = tensor.is_floating_point()
+        small = tensor.numel() <= 1 << 22 and not tensor.is_meta
+        if small and (not floating if made or name else True):
+            self._kept[len(self.found.slots)] = tensor
+        self.found.slots.append(Slot(tuple(tensor.shape), floating, name))
+        return self._slots[id(tensor)]
+
+    def _place(self, frame: FrameType | None) -> Place:
+        """The innermost line outside torch, and the innermost module of the network."""
+        file, line = "", 0
+        while frame is not None:
+            code = frame.f_code
+            if not file and "/torch/" not in code.co_filename and "tersenet/graph" not in code.co_filename:
+                file, line = code.co_filename, frame.f_lineno
+            if code.co_varnames[:1] == ("self",) and code.co_name != "__torch_dispatch__":
+                path = self._paths.get(id(frame.f_locals.get("self")))
+                if path is not None:
+                    # A layer of torch: the user's line is further out.
+                    return Place(file, line, path) if file else self._outer(frame, path)
+            frame = frame.f_back
+        return Place(file, line)
+
+    def _outer(self, frame: FrameType, path: str) -> Place:
+        outer: FrameType | None = frame
+        while outer is not None:
+            name = outer.f_code.co_filename
+            if "/torch/" not in name and "tersenet/graph" not in name:
+                return Place(name, outer.f_lineno, path)
+            outer = outer.f_back
+        return Place(module=path)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from tersenet.graph.labels import End, IntArray, Labelling
+from tersenet.graph.labels import End, IntArray, Labelling, Table
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,8 @@ class Units:
 
 def build_units(found: Labelling) -> Units:
     """Connected components of the merges, then grouping by the set of ends that a component touches."""
-    pairs = found.merges or [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
-    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    links = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(found.count, found.count))
-    count, of = connected_components(links, directed=False)
-    of = of.astype(np.int64)
+    of = _settled(_components(found.merges, found.count), found.tables)
+    count = int(of.max()) + 1
 
     reasons = ["", "it holds no channel of its own"]
     frozen = np.zeros(count, dtype=np.int64)
@@ -63,6 +60,42 @@ def build_units(found: Labelling) -> Units:
 
     signature = _signatures(found.ends, of, frozen)
     return Units(of, _groups(found, of, frozen, reasons, signature))
+
+
+def _components(merges: list[tuple[IntArray, IntArray]], count: int) -> IntArray:
+    pairs = merges or [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    links = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
+    return connected_components(links, directed=False)[1].astype(np.int64)
+
+
+def _settled(of: IntArray, tables: list[Table]) -> IntArray:
+    """Tie what has to go together so that every table stays one: along the axis that leaves most units."""
+    for table in tables:
+        units = of[table.labels]
+        choices = [_along(units, axis) for axis in table.free]
+        if not choices:
+            choices = [(1, units[(0,) * units.ndim].repeat(units.size), units.reshape(-1))]
+        if any(a.size == 0 for _, a, _ in choices):
+            continue
+        # The last one at equality: channels inside heads, groups and halves.
+        _, a, b = max(reversed(choices), key=lambda choice: choice[0])
+        of = _components([(a, b)], int(of.max()) + 1)[of]
+    return of
+
+
+def _along(units: IntArray, axis: int) -> tuple[int, IntArray, IntArray]:
+    """How many units there are if each lies at one place of `axis`, and what has to be tied for that."""
+    rows = np.moveaxis(units, axis, 0).reshape(units.shape[axis], -1)
+    first = np.broadcast_to(rows[:, :1], rows.shape)
+    differs = rows != first
+    a, b = first[differs], rows[differs]
+    if a.size == 0:
+        return len(np.unique(rows)), a, b
+    names, places = np.unique(rows, return_inverse=True)
+    places = places.reshape(rows.shape)
+    firsts = np.broadcast_to(places[:, :1], rows.shape)
+    return int(_components([(firsts[differs], places[differs])], len(names)).max()) + 1, a, b
 
 
 def _signatures(ends: list[End], of: IntArray, frozen: IntArray) -> IntArray:

@@ -85,6 +85,10 @@ class ChannelAdapter(nn.Module):
                 self._map = (key, taps, made.contiguous(memory_format=torch.channels_last) if nhwc else made)
         return self._map[2]
 
+    def forget(self) -> None:
+        """Make the border map anew in the next pass: whoever records that pass has to see it made."""
+        self._map = None
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._map = None
         return super()._apply(*args, **kwargs)

@@ -1,0 +1,295 @@
+"""Sizes that a network's code keeps in numbers: found by running a smaller copy, mended where they are attributes.
+
+Most code takes sizes from tensors, and needs nothing. Where a module keeps them (`split(self.width)`,
+`reshape(B, N, self.num_heads, -1)`), the attribute has to shrink with the channels. Where they are written into forward
+(`view(-1, 2048)`), the channels stay, and the reason names the line.
+
+A copy with a third of all channels missing is run, and every operator's shapes are compared with what the labels say.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import linecache
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tersenet.graph.edits import is_size
+from tersenet.graph.labels import Labelling, NDArrayBool, varying
+from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number among an operator's arguments: `argument` and, in a list, `index`."""
+
+    op: int
+    argument: int
+    index: int | None
+    old: int
+
+
+@dataclass(frozen=True)
+class Mend:
+    """`module.attribute` (or its entry `index`) has to be `ratio` times what `literal` has to be."""
+
+    module: str
+    attribute: str
+    index: int | None
+    literal: Literal
+    ratio: Fraction
+
+
+@dataclass
+class Fixed:
+    """What the trial found: attributes that shrink, and operators whose channels have to stay (number -> reason)."""
+
+    mends: list[Mend] = field(default_factory=list[Mend])
+    stuck: dict[int, str] = field(default_factory=dict[int, str])
+
+
+class _Stale(Exception):
+    """The copy does something else than the labels say, from this operator on."""
+
+    def __init__(self, op: int, why: str) -> None:
+        super().__init__(why)
+        self.op = op
+
+
+class Sizes:
+    """What sizes have to be when some units are gone."""
+
+    def __init__(self, trace: Trace, found: Labelling, removed: NDArrayBool) -> None:
+        """Args: removed: per label, whether it is gone."""
+        self.trace = trace
+        self.found = found
+        self.removed = removed
+
+    def shape(self, held: list[Tensor]) -> tuple[int, ...]:
+        shape = [*held[0].shape]
+        for labels in held:
+            for axis in varying(labels):
+                shape[axis] = min(shape[axis], self.count(labels, axis, labels.shape[axis]))
+        return tuple(shape)
+
+    def count(self, labels: Tensor, axis: int, stop: int) -> int:
+        """How many of the first `stop` places along `axis` are left."""
+        axes = varying(labels)
+        if axis not in axes:
+            return stop
+        part = labels
+        for other in range(labels.dim()):
+            if other not in axes:
+                part = part.narrow(other, 0, 1)
+        gone = self.removed[part.numpy()]
+        left = ~np.all(gone, axis=tuple(a for a in range(labels.dim()) if a != axis), keepdims=True).reshape(-1)
+        return int(left[:stop].sum())
+
+    def expected(self, op: int) -> list[tuple[int, ...] | None]:
+        return [self.shape(held) if held else None for held in self.found.results.get(op, [])]
+
+    def literals(self, op: Op) -> Iterator[tuple[Literal, int]]:
+        """The numbers in `op` that belong to channels, with what they have to become."""
+        source = self.found.sources.get(op.number)
+        shapes = self.expected(op.number)
+        if not shapes or shapes[0] is None:
+            return
+        rank = len(shapes[0])
+        if op.name in ("view", "_unsafe_view", "reshape", "expand"):
+            # A size that follows from the others is -1 or computed; one that does not change needs no attribute.
+            for index, old in enumerate(op.args[1]):
+                yield Literal(op.number, 1, index, old), shapes[0][index + rank - len(op.args[1])]
+        elif op.name == "split":
+            yield Literal(op.number, 1, None, op.args[1]), shapes[0][_dim(op, 2) % rank]
+        elif op.name == "split_with_sizes":
+            for index, old in enumerate(op.args[1]):
+                size = shapes[index]
+                if size is not None:
+                    yield Literal(op.number, 1, index, old), size[_dim(op, 2) % rank]
+        elif op.name == "slice" and source is not None:
+            for place in (2, 3):
+                if len(op.args) > place and isinstance(op.args[place], int) and 0 < op.args[place] <= 1 << 40:
+                    axis, old = _dim(op, 1) % rank, op.args[place]
+                    if old < source.shape[axis]:
+                        yield Literal(op.number, place, None, old), self.count(source, axis, old)
+        elif op.name == "narrow" and source is not None:
+            axis, start, length = _dim(op, 1) % rank, op.args[2], op.args[3]
+            begin = self.count(source, axis, start)
+            yield Literal(op.number, 2, None, start), begin
+            yield Literal(op.number, 3, None, length), self.count(source, axis, start + length) - begin
+        elif op.name == "convolution" and op.args[8] > 1 and source is not None and op.args[8] == source.shape[1]:
+            yield Literal(op.number, 8, None, op.args[8]), self.count(source, 1, source.shape[1])
+
+
+def _dim(op: Op, place: int) -> int:
+    return op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
+
+
+class _Compare(TorchDispatchMode):
+    """Checks every operator of the smaller copy against the trace."""
+
+    def __init__(self, trace: Trace, sizes: Sizes) -> None:
+        super().__init__()
+        self.trace = trace
+        self.sizes = sizes
+        self.number = -1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SAME:
+            return func(*args, **(kwargs or {}))
+        self.number += 1
+        if self.number >= len(self.trace.ops) or self.trace.ops[self.number].func is not func:
+            raise _Stale(min(self.number, len(self.trace.ops) - 1), "its operators depend on the number of channels")
+        result = func(*args, **(kwargs or {}))
+        results = list(result) if isinstance(result, (list, tuple)) else [result]
+        shapes = self.sizes.expected(self.number)
+        if shapes and len(shapes) != len(results):
+            raise _Stale(self.number, f"it makes {len(results)} tensors in place of {len(shapes)}")
+        for made, shape in zip(results, shapes, strict=False):
+            if isinstance(made, Tensor) and shape is not None and tuple(made.shape) != shape:
+                raise _Stale(self.number, f"it makes the shape {tuple(made.shape)} in place of {shape}")
+        return result
+
+
+def first_difference(copy: nn.Module, example: Any, trace: Trace, sizes: Sizes) -> tuple[int, str] | None:
+    """The operator at which a smaller copy leaves what the labels say, and how; None if it never does."""
+    compare = _Compare(trace, sizes)
+    try:
+        with running(copy), compare:
+            copy(*example)
+    except _Stale as stale:
+        return stale.op, str(stale)
+    except Exception as error:
+        return max(0, min(compare.number, len(trace.ops) - 1)), first_line(error)
+    return None
+
+
+def options(model: nn.Module, trace: Trace, sizes: Sizes, op: Op) -> list[list[Mend]]:
+    """Ways to set attributes so that `op` gets the numbers that it has to get."""
+    changed = [(lit, new) for lit, new in sizes.literals(op) if lit.old != new]
+    module = dict(model.named_modules()).get(op.place.module)
+    if not changed or module is None:
+        return []
+    names = attributes_at(op.place)
+    choices: list[list[Mend]] = []
+    for literal, _ in changed:
+        found = list(_candidates(op.place.module, module, names, literal, listed=True))
+        found += [m for m in _candidates(op.place.module, module, names, literal, listed=False) if m not in found]
+        # A number that Python computes from a tensor's shape needs no attribute.
+        choices.append([*found[:4]])
+    filled = [c for c in choices if c]
+    if not filled:
+        return []
+    ways = [list(way) for way in itertools.islice(itertools.product(*filled), 24)]
+    return [way for way in ways if len({(m.module, m.attribute, m.index) for m in way}) == len(way)]
+
+
+def _candidates(path: str, module: nn.Module, names: list[str], literal: Literal, listed: bool) -> Iterator[Mend]:
+    holders = vars(module)
+    for name in names if listed else holders:
+        value = holders.get(name)
+        if isinstance(value, bool) or not is_size(name):
+            continue
+        if isinstance(value, int) and value > 0 and literal.old > 0:
+            ratio = Fraction(value, literal.old)
+            if ratio == 1 or (listed and 1 in (ratio.numerator, ratio.denominator)):
+                yield Mend(path, name, None, literal, ratio)
+        elif isinstance(value, (list, tuple)) and literal.index is not None and literal.index < len(value):
+            if value[literal.index] == literal.old and all(isinstance(v, int) for v in value):
+                yield Mend(path, name, literal.index, literal, Fraction(1))
+        elif isinstance(value, (list, tuple)) and literal.old in value and all(isinstance(v, int) for v in value):
+            yield Mend(path, name, list(value).index(literal.old), literal, Fraction(1))
+
+
+def alike(trace: Trace, model: nn.Module, way: list[Mend], sizes: Sizes) -> list[Mend]:
+    """The same change at the same line in every other module of that class."""
+    modules = dict(model.named_modules())
+    first = trace.ops[way[0].literal.op]
+    made = list(way)
+    for op in trace.ops:
+        if op.number == first.number or (op.place.file, op.place.line, op.func) != (
+            first.place.file,
+            first.place.line,
+            first.func,
+        ):
+            continue
+        known = {(lit.argument, lit.index): lit for lit, _ in sizes.literals(op)}
+        module = modules.get(op.place.module)
+        for mend in way:
+            literal = known.get((mend.literal.argument, mend.literal.index))
+            if literal is None or module is None or op.place.module == mend.module:
+                continue
+            value = vars(module).get(mend.attribute)
+            entry = value[mend.index] if mend.index is not None and isinstance(value, (list, tuple)) else value
+            if isinstance(entry, int) and entry == literal.old * mend.ratio:
+                made.append(Mend(op.place.module, mend.attribute, mend.index, literal, mend.ratio))
+    return made
+
+
+def values(mends: list[Mend], model: nn.Module, trace: Trace, sizes: Sizes) -> dict[tuple[str, str], Any]:
+    """(module, attribute) -> what it has to be."""
+    found: dict[tuple[str, str], Any] = {}
+    modules = dict(model.named_modules())
+    for mend in mends:
+        new = dict(sizes.literals(trace.ops[mend.literal.op])).get(mend.literal)
+        if new is None:
+            continue
+        value: int = int(new * mend.ratio)
+        key = mend.module, mend.attribute
+        if mend.index is None:
+            found[key] = value
+        else:
+            entries = list(found.get(key, vars(modules[mend.module])[mend.attribute]))
+            entries[mend.index] = value
+            found[key] = tuple(entries)
+    return found
+
+
+@lru_cache(maxsize=512)
+def _parsed(file: str) -> ast.Module | None:
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return None
+
+
+def attributes_at(place: Place) -> list[str]:
+    """Names of `self`'s attributes in the statement at a line, and in what its local names were assigned from."""
+    return list(_attributes_at(place.file, place.line))
+
+
+@lru_cache(maxsize=4096)
+def _attributes_at(file: str, line: int) -> tuple[str, ...]:
+    tree = _parsed(file)
+    if tree is None:
+        return ()
+    covering = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
+    functions = [n for n in covering if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    if not functions:
+        return ()
+    statement = min(covering, key=lambda n: ((n.end_lineno or n.lineno) - n.lineno, -n.lineno, -n.col_offset))
+    names = _self_attributes(statement)
+    used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
+    function = max(functions, key=lambda n: n.lineno)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            targets = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+            if targets & used:
+                names += _self_attributes(node.value)
+    return tuple(dict.fromkeys(names))
+
+
+def _self_attributes(tree: ast.AST) -> list[str]:
+    return [
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"
+    ]

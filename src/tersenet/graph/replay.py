@@ -1,0 +1,94 @@
+"""A network run once more, with some of its operators looked at or replaced by their number in the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tersenet.errors import GraphError
+from tersenet.graph.labels import NDArrayBool
+from tersenet.graph.model import ModelGraph
+from tersenet.graph.precision import full_float32
+from tersenet.graph.trace import SAME, Trace, running
+
+Action = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""What is done in place of an operator: it gets the function, its arguments and keyword arguments."""
+
+
+class _Replay(TorchDispatchMode):
+    def __init__(self, trace: Trace, actions: dict[int, Action]) -> None:
+        super().__init__()
+        self._ops = trace.ops
+        self._actions = actions
+        self._number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SAME:
+            return func(*args, **(kwargs or {}))
+        number, self._number = self._number, self._number + 1
+        action = self._actions.get(number)
+        if action is None:
+            return func(*args, **(kwargs or {}))
+        if self._ops[number].func is not func:
+            raise GraphError(
+                f"the network runs other operators than when it was traced ({func} in place of "
+                f"{self._ops[number].func}); a branch in its forward depends on values"
+            )
+        return action(func, tuple(args), kwargs or {})
+
+
+def replay(model: nn.Module, trace: Trace, inputs: tuple[Any, ...], actions: dict[int, Action]) -> Any:
+    """The output of `model(*inputs)` with `actions` (operator number -> what to do) in place of some operators."""
+    with running(model), full_float32(), _Replay(trace, actions):
+        return model(*inputs)
+
+
+def over_kept(graph: ModelGraph, gone: NDArrayBool) -> dict[int, Action]:
+    """Actions that take means and variances over the kept channels only, as the compact network does.
+
+    Zeroed channels still count in the mean of a layer norm; removed ones don't. With these actions the masked network
+    computes what the compact one has to.
+    """
+    actions: dict[int, Action] = {}
+    for statistic in graph.found.statistics:
+        removed = torch.from_numpy(gone[graph.units.of[statistic.labels]])
+        if bool(removed.any()):
+            actions[statistic.op] = _kept_only(graph.trace.ops[statistic.op].name, statistic.axis, ~removed)
+    return actions
+
+
+def _kept_only(name: str, axis: int, kept: Tensor) -> Action:
+    def action(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        index = kept.nonzero().reshape(-1).to(args[0].device)
+        some = [args[0].index_select(axis, index), *args[1:]]
+        if name == "native_layer_norm":
+            some[1] = [len(index)]
+            some[2:4] = [None if a is None else a[index] for a in args[2:4]]
+        elif name == "native_group_norm":
+            some[1:3] = [None if a is None else a[index] for a in args[1:3]]
+            some[4] = len(index)
+        result = func(*some, **kwargs)
+        single = isinstance(result, Tensor)
+        results = [_widen(r, args[0], axis, index) for r in ([result] if single else result)]
+        return results[0] if single else tuple(results)
+
+    return action
+
+
+def _widen(result: Any, like: Tensor, axis: int, index: Tensor) -> Any:
+    """Zeros at the removed channels, where the result still has the axis: a mean over it has not."""
+    shape = [*like.shape]
+    shape[axis] = len(index)
+    if not isinstance(result, Tensor) or [*result.shape] != shape:
+        return result
+    shape[axis] = like.shape[axis]
+    return result.new_zeros(shape).index_copy(axis, index, result)
+
+
+def reference(graph: ModelGraph, gone: NDArrayBool, inputs: tuple[Any, ...]) -> Any:
+    """What the compact network has to compute: the masked one, with statistics over kept channels only."""
+    return replay(graph.model, graph.trace, inputs, over_kept(graph, gone))
