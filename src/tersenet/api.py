@@ -18,6 +18,7 @@ from tersenet.data.load import load_data
 from tersenet.data.registry import SHAPES, DataSettings, parse
 from tersenet.errors import TersenetError
 from tersenet.exporting import artifact
+from tersenet.exporting.onnx import export_onnx
 from tersenet.exporting.program import export_program
 from tersenet.graph.record import record_of
 from tersenet.measuring.measure import measure as measure_network
@@ -64,8 +65,8 @@ def compress(
     """Carry out a recipe on a network.
 
     Args:
-        model: a built-in name, `package.module:function`, a saved folder, or a module, which is not changed. None: the
-            recipe's.
+        model: a name (built-in, `timm:NAME`, `torchvision:NAME`), `package.module:function`, a saved folder, or a
+            module, which is not changed. None: the recipe's.
         recipe: a shipped recipe's name, a YAML file, or the same as a mapping.
         data: a data set's name, or what `tersenet.data` takes (loaders, a dict with loss and metric). None: the
             recipe's.
@@ -144,8 +145,14 @@ def measure(model: nn.Module, example: Any) -> Measures:
 
 
 def export(model: nn.Module, path: str | Path, example: Any) -> Path:
-    """An ExportedProgram (.pt2) for any batch size, which runs where tersenet is not installed."""
-    return export_program(model, path, example if isinstance(example, tuple) else (example,))
+    """An ExportedProgram (.pt2) or ONNX file (.onnx) for any batch size, which runs where tersenet is not installed.
+
+    Raises:
+        TersenetError: another file ending, the extra `onnx` is not installed, a full disk.
+        GraphError: the network can't be exported, or what was exported gives other outputs.
+    """
+    write = export_onnx if Path(path).suffix == ".onnx" else export_program
+    return write(model, path, example if isinstance(example, tuple) else (example,))
 
 
 def evaluate(

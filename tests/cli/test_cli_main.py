@@ -61,7 +61,7 @@ def test_a_command_line_that_is_not_understood(cli: Cli, arguments: tuple[str, .
         (("eval", "resnet20", "--data", "digit"), "unknown data set 'digit'; did you mean 'digits'?"),
         (("eval", "resnet21", "--data", "digits"), "unknown model 'resnet21'"),
         (("measure", "resnet20", "--input", "32"), "--input 32 must be channels x height x width"),
-        (("export", "resnet20", "x.onnx"), "x.onnx must end in .pt2"),
+        (("export", "resnet20", "x.pt"), "x.pt must end in .pt2 (torch.export) or .onnx"),
         (("report", "nowhere"), "nowhere/report.json can't be read (No such file or directory)"),
         (("train", "resnet20", "--data", "digits"), "--epochs N"),
         (("train", "resnet20", "--data", "digits", "--recipe", "sfp_digits"), "does more than train"),

@@ -112,8 +112,8 @@ def test_several_inputs_of_any_batch(tmp_path: Path) -> None:
 
 def test_other_endings_and_places(tmp_path: Path) -> None:
     model, example = nn.Linear(2, 2), (torch.zeros(1, 2),)
-    with pytest.raises(TersenetError, match=r"'net\.onnx': the file must end in \.pt2"):
-        export_program(model, tmp_path / "net.onnx", example)
+    with pytest.raises(TersenetError, match=r"'net\.pt': the file must end in \.pt2"):
+        tersenet.export(model, tmp_path / "net.pt", example)
     (tmp_path / "file").touch()
     with pytest.raises(TersenetError, match="could not write"):
         export_program(model, tmp_path / "file" / "net.pt2", example)

@@ -42,7 +42,8 @@ def compress(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A name (`tersenet models`), package.module:function or a saved folder; else the recipe's.",
+            help="A name (`tersenet models`, timm:NAME, torchvision:NAME), package.module:function or a saved folder; "
+            "else the recipe's.",
         ),
     ] = None,
     data: options.OptionalData = None,

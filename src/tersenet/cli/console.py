@@ -30,10 +30,10 @@ def note(text: str) -> None:
 
 
 def note_random_weights(model: str, weights: str | None) -> None:
-    """Say it where a built-in network was used without weights: its accuracy, and what is exported, mean nothing."""
-    from tersenet.models.registry import ENTRIES
+    """Say it where a network was built by name without weights: its accuracy, and what is exported, mean nothing."""
+    from tersenet.models.registry import ENTRIES, in_zoo
 
-    if weights is None and model in ENTRIES and is_first():
+    if weights is None and (model in ENTRIES or in_zoo(model)) and is_first():
         note(f"note: the weights of {model} are random; --weights FILE loads trained ones")
 
 

@@ -14,13 +14,13 @@ from tersenet.errors import TersenetError
 
 EXAMPLES = examples(
     "tersenet export runs/r56/model r56.pt2",
-    "tersenet export resnet20 resnet20.pt2 --weights resnet20-12fca82f.th",
+    "tersenet export resnet20 resnet20.onnx --weights resnet20-12fca82f.th",
 )
 
 
 def export(
     model: options.ModelArgument,
-    file: Annotated[Path, typer.Argument(metavar="OUT.pt2", help="The ExportedProgram to write.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .pt2 or .onnx.", show_default=False)],
     weights: options.WeightsOption = None,
     base: options.BaseOption = None,
     shape: Annotated[
@@ -28,13 +28,13 @@ def export(
     ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Write a network as an ExportedProgram, which runs without tersenet and for any batch size.
+    """Write a network as an ExportedProgram (.pt2) or ONNX file, which run without tersenet and for any batch size.
 
     In Python: torch.export.load("OUT.pt2").module() gives a function of a batch of images.
     """
     size = parse_shape(shape) if shape else None
-    if file.suffix != ".pt2":
-        raise TersenetError(f"{file} must end in .pt2: that is the format (torch.export) that is written")
+    if file.suffix not in (".pt2", ".onnx"):
+        raise TersenetError(f"{file} must end in .pt2 (torch.export) or .onnx: these are the formats that are written")
     import torch
 
     from tersenet import api

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "tersenet measure resnet56",
     "tersenet measure runs/r56/model --layers",
+    "tersenet measure timm:resnet18",
     "tersenet measure my_package.nets:make --input 3x224x224 --json",
 )
 

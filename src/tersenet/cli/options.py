@@ -11,7 +11,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A built-in name (`tersenet models`), package.module:function, or a saved folder.",
+        help="A name (`tersenet models`, timm:NAME, torchvision:NAME), package.module:function, or a saved folder.",
         show_default=False,
     ),
 ]

@@ -26,6 +26,7 @@ from tersenet import atomic
 from tersenet.errors import ArtifactError, TersenetError
 from tersenet.graph.edits import Budget
 from tersenet.graph.record import Record, attach, record_of
+from tersenet.models.registry import in_zoo
 
 JSON_NAME = "model.json"
 TENSORS_NAME = "model.safetensors"
@@ -148,8 +149,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _skeleton(record: Record, base: nn.Module | None, folder: Path) -> nn.Module:
-    """The network's structure: the built-in base on `meta`, or the user's module, with the edits replayed."""
-    if record.base is None or ":" in record.base:
+    """The network's structure: a base that we can build, without weights, or the user's, with the edits replayed."""
+    if record.base is None or (":" in record.base and not in_zoo(record.base)):
         if base is None:
             named = f" {record.base}, which only you can vouch for" if record.base else ""
             raise ArtifactError(
@@ -159,10 +160,9 @@ def _skeleton(record: Record, base: nn.Module | None, folder: Path) -> nn.Module
         model = base
         done = _edits_of(base, record, folder)
     else:
-        from tersenet.models.build import build
+        from tersenet.models.build import build_skeleton
 
-        with torch.device("meta"):
-            model = build(record.base, **record.arguments)
+        model = build_skeleton(record.base, **record.arguments)
         done = 0
     for edit in record.edits[done:]:
         edit.replay(model)

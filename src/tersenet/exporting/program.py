@@ -27,24 +27,38 @@ def export_program(model: nn.Module, path: Path | str, example: tuple[Any, ...])
     """
     path = Path(path)
     if path.suffix != ".pt2":
-        raise TersenetError(f"export to {path.name!r}: the file must end in .pt2 (a torch ExportedProgram)")
-    name = type(model).__name__
-    # torch.export takes a size of 1 for a constant, and the file would then serve single images only.
-    batches = {size: tuple(_batch(x, size) for x in example) for size in (2, 3)}
-    axis = torch.export.Dim.AUTO
-    shapes = tuple({0: axis} if isinstance(x, Tensor) and x.dim() else None for x in batches[2])
-    with evaluating(model), torch.no_grad():
-        try:
-            program = torch.export.export(model, batches[2], dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            raise GraphError(f"{name} can't be exported: {type(error).__name__}: {_first_line(error)}") from error
-        for size, inputs in batches.items():
-            _check_equal(model, program, inputs, size)
+        raise TersenetError(f"export to {path.name!r}: the file must end in .pt2 (a torch ExportedProgram) or .onnx")
+    program = exported(model, batches(example))
     # By way of memory, since torch reports a full disk as an error of its own kind.
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     atomic.write_bytes(path, buffer.getvalue())
     return path
+
+
+def batches(example: tuple[Any, ...]) -> dict[int, tuple[Any, ...]]:
+    """`example` as a batch of 2 and as one of 3: torch.export takes a size of 1 for a constant, and what it made would
+    then serve single images only."""
+    return {size: tuple(_batch(x, size) for x in example) for size in (2, 3)}
+
+
+def exported(model: nn.Module, inputs: dict[int, tuple[Any, ...]]) -> ExportedProgram:
+    """The program of `model` in evaluation mode, for any batch size.
+
+    Raises:
+        GraphError: the network can't be exported, or the program's outputs would differ from the network's.
+    """
+    axis = torch.export.Dim.AUTO
+    shapes = tuple({0: axis} if isinstance(x, Tensor) and x.dim() else None for x in inputs[2])
+    with evaluating(model), torch.no_grad():
+        try:
+            program = torch.export.export(model, inputs[2], dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise GraphError(f"{type(model).__name__} can't be exported: {reason}") from error
+        for size, batch in inputs.items():
+            _check_equal(model, program, batch, size)
+    return program
 
 
 def _batch(value: Any, size: int) -> Any:
@@ -60,9 +74,10 @@ def _check_equal(model: nn.Module, program: ExportedProgram, inputs: tuple[Any, 
     except Exception as error:
         raise GraphError(
             f"{type(model).__name__} was exported, but the program differs from it at batch size {size}: "
-            f"{_first_line(error)}. Nothing was written; forward must treat the samples of a batch alike"
+            f"{first_line(error)}. Nothing was written; forward must treat the samples of a batch alike"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What goes into a message of one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

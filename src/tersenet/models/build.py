@@ -9,10 +9,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from tersenet.errors import TersenetError, UnknownNameError, nearest
-from tersenet.models.registry import entry
+from tersenet.models import zoo
+from tersenet.models.registry import entry, in_zoo
 
 # The largest value of each argument that may be overridden; the least is 1. They keep a forged or mistyped number from
 # exhausting memory, and are far above any published network.
@@ -20,22 +22,38 @@ _LARGEST = {"classes": 100_000, "in_channels": 1024, "width": 256}
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
-    """The built-in network `name` with fresh weights, on torch's default device (also `meta`).
+    """The network `name` with fresh weights: a built-in one, `timm:NAME` or `torchvision:NAME`.
 
     Args:
         classes: number of outputs.
         in_channels: channels of the images.
         width: channels of the first stage; all other layers scale with it.
 
+    These are for built-in networks, which are built on torch's default device, also `meta`. Those of timm and
+    torchvision take arguments of their own: `ARGUMENTS` of `zoo_timm` and `zoo_torchvision`.
+
     Raises:
         UnknownNameError: a name or an argument that does not exist.
-        TersenetError: an argument that is not an integer in its range.
+        TersenetError: an argument that is not in its range, or timm or torchvision are not installed.
     """
+    if in_zoo(name):
+        return zoo.entry(name).build(**arguments)
     found = entry(name)
     for argument, value in arguments.items():
         _check(name, argument, value)
     module, _, function = found.builder.partition(":")
     return getattr(importlib.import_module(module), function)(**found.arguments, **arguments)
+
+
+def build_skeleton(name: str, **arguments: Any) -> nn.Module:
+    """`build` without memory for weights: the parameters are on `meta`. For loading, which fills all of them.
+
+    Raises: as `build`.
+    """
+    if in_zoo(name):
+        return zoo.build_skeleton(name, **arguments)
+    with torch.device("meta"):
+        return build(name, **arguments)
 
 
 def _check(name: str, argument: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""From whatever names a network (a built-in name, a saved folder, a function, a module) to one with a record."""
+"""From whatever names a network (a name, a saved folder, a function, a module) to one with a record."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tersenet.data.registry import NORMALISATION, MeanStd
 from tersenet.errors import TersenetError
 from tersenet.exporting.artifact import is_artifact, load, read_manifest
 from tersenet.graph.record import InputSpec, Record, attach, record_of
+from tersenet.models import zoo
 from tersenet.models.build import build, build_custom
-from tersenet.models.registry import ENTRIES, entry
+from tersenet.models.registry import ENTRIES, entry, in_zoo
 from tersenet.models.weights import load_weights, published
 
 DEFAULT_SHAPE = (3, 224, 224)
@@ -43,7 +44,9 @@ class Source:
     @property
     def folder(self) -> Path | None:
         """The saved folder that is named; of a run's folder, its final model. A built-in name is never a folder."""
-        if isinstance(self.what, nn.Module) or self.what in ENTRIES or not os.path.isdir(self.what):
+        if isinstance(self.what, nn.Module) or self.what in ENTRIES or in_zoo(self.what):
+            return None
+        if not os.path.isdir(self.what):
             return None
         folder = Path(self.what)
         if not is_artifact(folder) and (folder / "run.json").is_file():
@@ -64,6 +67,8 @@ class Source:
     def normalise(self) -> MeanStd | None:
         if self.weights is not None:
             known = published(Path(self.weights))
+            if known is None and isinstance(self.what, str) and in_zoo(self.what):
+                return zoo.entry(self.what).normalise()
             return NORMALISATION[known.normalise] if known else None
         record = self.record
         if record is None or record.input.mean is None or record.input.std is None:
@@ -110,23 +115,33 @@ class Source:
             return copy.deepcopy(self.what)
         if self.base is not None:
             return build_custom(self.base)
-        return build_custom(self.what) if ":" in self.what and self.folder is None else None
+        return build_custom(self.what) if self._is_function else None
+
+    @property
+    def _is_function(self) -> bool:
+        return isinstance(self.what, str) and ":" in self.what and not in_zoo(self.what) and self.folder is None
 
     def _make(self, shape: tuple[int, ...] | None, classes: int | None) -> tuple[nn.Module, Record]:
         known, folder = self.record, self.folder
         if isinstance(self.what, nn.Module):
             return self.what, known or Record(base=None, input=InputSpec(shape=shape or DEFAULT_SHAPE))
-        if self.arguments and (folder is not None or ":" in self.what):
+        if self.arguments and (folder is not None or self._is_function):
             raise TersenetError(
-                f"model_arguments ({', '.join(name for name, _ in self.arguments)}) are for built-in models; "
+                f"model_arguments ({', '.join(name for name, _ in self.arguments)}) are for models built by name; "
                 f"{self.what} is what it is. Leave them out"
             )
         if folder is not None and known is not None:
             return load(folder, build_custom(self.base) if self.base is not None else None), known
-        if ":" in self.what:
+        if self._is_function:
             return build_custom(self.what), Record(base=self.what, input=InputSpec(shape=shape or DEFAULT_SHAPE))
-        found = entry(self.what)
         arguments = dict(self.arguments)
+        if in_zoo(self.what):
+            one = zoo.entry(self.what)
+            arguments = one.fitted(shape, classes, trained=self.weights is not None) | arguments
+            model = one.build(**arguments)
+            spec = InputSpec(shape=shape or one.shape(model) or DEFAULT_SHAPE)
+            return model, Record(base=self.what, arguments=arguments, input=spec)
+        found = entry(self.what)
         if classes is not None and classes != found.classes:
             arguments.setdefault("classes", classes)
         if shape is not None and shape[0] != found.input_shape[0]:

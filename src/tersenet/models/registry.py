@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from tersenet.errors import UnknownNameError
 
+ZOO = ("timm", "torchvision")
+"""Libraries whose networks have names too: `timm:resnet18`; see `tersenet.models.zoo`."""
+
 _CIFAR = (3, 32, 32)
 _IMAGENET = (3, 224, 224)
 _RESNET = "He et al. 2016, Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385"
@@ -91,8 +94,16 @@ PUBLISHED: tuple[Published, ...] = (
 )
 
 
+def in_zoo(name: str) -> bool:
+    """Whether `name` is a `timm:NAME` or `torchvision:NAME`; it may still be unknown there."""
+    package, colon, _ = name.partition(":")
+    return bool(colon) and package in ZOO
+
+
 def entry(name: str) -> Entry:
     """Raises: UnknownNameError, with the nearest names."""
     if name not in ENTRIES:
-        raise UnknownNameError("model", name, ENTRIES, "`tersenet models` lists them all.")
+        raise UnknownNameError(
+            "model", name, ENTRIES, "`tersenet models` lists them all; others are timm:NAME, torchvision:NAME."
+        )
     return ENTRIES[name]

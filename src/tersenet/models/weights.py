@@ -24,6 +24,9 @@ from tersenet.models.registry import PUBLISHED, Published
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 # DataParallel, DistributedDataParallel; torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
+# Heads that only training uses (GoogLeNet, Inception, FCN, DeepLab). torchvision's files have them, and a network that
+# was built without them does not need them.
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.", "aux_classifier.")
 # How torch's unpickler names what it refuses to look up.
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
@@ -130,6 +133,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> Published | Non
     state = read_state_dict(path)
     known_file = published(path)
     own = model.state_dict()
+    state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith(_AUXILIARY)}
     if any(tensor.is_meta for tensor in own.values()):
         raise TersenetError(f"this {type(model).__name__} is on the meta device and has no memory for {path}")
     differences = _differences(own, state)
