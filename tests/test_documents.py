@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tersenet as tn
 from tersenet.cli.main import main
 from tersenet.models.build import build
+from zoo_support import needs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,7 +50,14 @@ def test_there_are_commands_and_blocks() -> None:
     assert len(blocks(PAGES[0].read_text())) == 2
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def with_extras(command: str) -> Any:
+    """Commands that need an extra skip where it is not installed."""
+    extras = {"timm:": ("timm", "torchvision"), "torchvision:": ("torchvision",), ".onnx": ("onnxscript",)}
+    packages = next((packages for text, packages in extras.items() if text in command), ())
+    return pytest.param(command, marks=[needs(*packages)])
+
+
+@pytest.mark.parametrize("command", [with_extras(command) for command in COMMANDS])
 def test_command(
     command: str, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +101,18 @@ def test_python_blocks(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(own, names)
     assert Path("small.pt2").stat().st_size > 0
     assert names["result"].report.after.macs <= names["result"].report.before.macs // 2
+
+
+@pytest.mark.slow
+@needs("torchvision")
+def test_python_blocks_of_the_models_page() -> None:
+    detector, own = blocks((ROOT / "docs" / "models.md").read_text())
+    names: dict[str, Any] = {}
+    exec(detector, names)
+    assert names["graph"].macs() > 0
+    exec(own, names)
+    report = names["result"].report
+    assert report.after.macs <= report.before.macs // 2
 
 
 @pytest.mark.parametrize("program", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

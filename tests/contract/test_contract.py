@@ -36,6 +36,12 @@ FIT: dict[str, Any] = {"epochs": 1, "lr": 0.01}
 
 # Method -> settings to run on every network.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "magnitude": (
+        {"rate": 0.4},
+        {"rate": 0.4, "residual": "independent", "score": "fpgm"},
+        {"rate": 0.3, "scope": "global", "score": "activation"},
+        {"rate": 0.3, "scope": "global", "score": "taylor", "normalise": "lamp", "constants": "zero", "at_least": 2},
+    ),
     "soft_filter_pruning": (
         {"fit": FIT, "rate": 0.4},
         {"fit": FIT, "rate": 0.4, "residual": "coupled"},
@@ -44,6 +50,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 # Method -> settings, and a target, that must be refused on the residual network.
 REJECTED: dict[str, tuple[tuple[dict[str, Any], str | None], ...]] = {
+    "magnitude": (
+        ({}, "macs=1%"),
+        ({}, None),
+        ({"rate": 0.4, "score": "taylor"}, None),
+        ({"rate": 0.4, "recalibrate_bn": 1}, None),
+        ({"rate": 0.4, "include": ("convolution7",)}, None),
+        ({"rate": 0.4, "rates": {"blok*": 0.2}}, None),
+        ({"rate": 0.4, "exclude": ("*",)}, None),
+    ),
     "soft_filter_pruning": (
         ({"fit": FIT}, "macs=1%"),
         ({"fit": FIT}, None),
@@ -53,7 +68,7 @@ REJECTED: dict[str, tuple[tuple[dict[str, Any], str | None], ...]] = {
     ),
 }
 # Method -> changes of its settings with which it has nothing to do.
-NOTHING: dict[str, dict[str, Any]] = {"soft_filter_pruning": {"rate": 0.0}}
+NOTHING: dict[str, dict[str, Any]] = {"magnitude": {"rate": 0.0}, "soft_filter_pruning": {"rate": 0.0}}
 
 
 def method_of(name: str, variant: int) -> Method:
@@ -134,7 +149,7 @@ def run(network: str, name: str, variant: int) -> Done:
 
     context.evaluate = evaluate
     method.apply(graph, context)
-    predicted = graph.macs()
+    predicted = ModelGraph(model, inputs_of(network)).macs()
     if isinstance(method, TrainingMethod):
         hooks = method.hooks(graph, context)
         fit(model, data, method.fit, seed=1, device=CPU, hooks=hooks, checkpoint=None, log=lambda row: None)

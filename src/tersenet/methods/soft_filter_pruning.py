@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tersenet.errors import GraphError, TersenetError
+from tersenet.errors import TersenetError
 from tersenet.methods.base import Context, TrainingMethod
 from tersenet.ops.rate_schedule import Schedule, asymptotic_decay, pruned_count, rate_at
 from tersenet.train.hooks import Hooks, TrainState
@@ -117,20 +117,11 @@ class SoftFilterPruning(TrainingMethod):
                 that the schedule can't rise to.
         """
         from tersenet.graph.budget import uniform_rate
-        from tersenet.graph.select import check_patterns, matches, select_groups
+        from tersenet.graph.select import named_rates, select_groups
 
         projections = PROJECTIONS if self.exclude is None and self.residual == "independent" else ()
-        groups = select_groups(graph, self.include, self.exclude or (), default_exclude=projections)
-        if not groups:
-            reasons = "; ".join(f"{name}: {why}" for name, why in graph.frozen_groups().items())
-            raise GraphError(f"no layer is left to prune (include, exclude, or frozen: {reasons})")
-        check_patterns(self.rates, [name for group in groups for name in group.producers])
-        fixed = {
-            group.name: rate
-            for group in groups
-            for pattern, rate in reversed(self.rates.items())
-            if any(matches(name, [pattern]) for name in group.producers)
-        }
+        groups = select_groups(graph, self.include, self.exclude or (), default_exclude=("type:linear", *projections))
+        fixed = named_rates(graph, groups, self.rates)
         free = [group for group in groups if group.name not in fixed]
         rate = self.rate
         if context.target is not None and free:
@@ -241,31 +232,13 @@ class SoftPruning(Hooks):
         return {name: units for name, units in self.pruned.items() if len(units)}
 
     def scores(self, group: ChannelGroup) -> Tensor:
-        """(size,) importance of every unit of a group: the root of the summed squares over the filters that make it."""
-        import torch
-
+        """(size,) importance of every unit of a group."""
+        from tersenet.graph.importance import batch_norm_scales, filter_scores, unit_scores
         from tersenet.ops.importance import FILTER_SCORES
 
         if self.settings.score == "bn_scale":
-            return self._bn_scales(group)
-        with torch.no_grad():
-            squares = torch.zeros(group.size, device=self.graph.filters(group)[0][0].device)
-            for weight, axis, places in self.graph.filters(group):
-                filters = weight.detach().movedim(axis, 0).flatten(1).float()
-                scores = FILTER_SCORES[self.settings.score](filters)
-                squares += scores[torch.from_numpy(places).to(scores.device)].square().sum(1)
-            return squares.sqrt()
-
-    def _bn_scales(self, group: ChannelGroup) -> Tensor:
-        import torch
-
-        for member in group.members:
-            end = self.graph.ends[member.end]
-            scale = next((name for name in end.tensors if name.endswith(".weight")), None)
-            if end.role == "pass" and scale is not None and end.attributes and end.attributes[0][1] == "num_features":
-                gamma = self.graph.tensor(scale).detach().abs()
-                return gamma[torch.from_numpy(member.places).to(gamma.device)].sum(1)
-        raise TersenetError(f"score: bn_scale needs a batch norm behind {group.name}, which has none; use l2")
+            return unit_scores(group, batch_norm_scales(self.graph, [group]))
+        return unit_scores(group, filter_scores(self.graph, [group], FILTER_SCORES[self.settings.score]))
 
     def zero(self, model: torch.nn.Module, factor: float = 0.0) -> None:
         """Multiply the pruned filters' weights. Nothing else is touched: not the bias, batch norm or momentum."""
