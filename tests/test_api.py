@@ -272,7 +272,7 @@ def test_arguments_of_the_recipes_model_are_not_those_of_another() -> None:
 def test_arguments_for_a_saved_network_are_refused(tmp_path: Path) -> None:
     steps = [{"method": "train", "fit": {"epochs": 1}}]
     tn.compress("resnet8", {"steps": steps}, data="digits", out=tmp_path / "run", device="cpu")
-    with pytest.raises(TersenetError, match=r"model_arguments \(width\) are for built-in models"):
+    with pytest.raises(TersenetError, match=r"model_arguments \(width\) are for models built by name"):
         tn.compress(str(tmp_path / "run"), {"steps": steps, "model_arguments": {"width": 4}}, data="digits")
 
 

@@ -24,6 +24,7 @@ from tersenet.graph.labels import (
     spread,
     varying,
 )
+from tersenet.graph.ties import collapse, read_whole
 from tersenet.graph.trace import Op, Ref
 
 _SIZES = ("in_features", "out_features")
@@ -155,8 +156,6 @@ def attend(run: Labeller, op: Op, a: Tensor, b: Tensor, argument: int = 0) -> Te
 
     Where there are heads (labels that differ along the leading axes), a head's channels go together.
     """
-    from tersenet.graph.rules import collapse, read_whole
-
     shape = run.shape(op.result if not isinstance(op.result, list) else op.result[0])
     n, m = a.dim() - 2, b.dim() - 1
     for which in (0, 1):
@@ -204,8 +203,6 @@ def _attention(run: Labeller, op: Op) -> Any:
     q, k, v = (run.get(op.args[i]) for i in range(3))
     if not all(isinstance(x, Value) for x in (q, k, v)):
         return run.refuse(op, f"{describe(op)} has queries, keys or values that are parameters")
-    from tersenet.graph.rules import collapse
-
     heads: list[Tensor] = []
     for x in (q, k, v):
         axes = varying(x.labels)

@@ -25,20 +25,10 @@ from tersenet.graph.labels import (
     spread,
     varying,
 )
+from tersenet.graph.operators import SPATIAL
+from tersenet.graph.ties import collapse
 from tersenet.graph.trace import Op, Ref
 from tersenet.nn.channel_pad import ZeroPadShortcut
-
-SPATIAL = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d "
-    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
-    "grid_sampler_2d".split()
-)
-LAYERS = frozenset(["convolution"])
-"""Operators whose first argument may be a constant: their rules make the channels of it."""
 
 
 def _results(op: Op, first: Value) -> Any:
@@ -134,8 +124,6 @@ def _layer_norm(run: Labeller, op: Op) -> Any:
             return _results(op, _per_channel(run, op, value, vector, tensors, ("normalized_shape",)))
         return _results(op, value)
     if inside:
-        from tersenet.graph.rules import collapse
-
         labels = collapse(run, labels, inside)
     return _results(op, Value(labels, value.origin))
 

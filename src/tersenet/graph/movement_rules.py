@@ -29,13 +29,9 @@ from tersenet.graph.labels import (
     varying,
 )
 from tersenet.graph.mend import attributes_at
+from tersenet.graph.operators import MOVEMENT
 from tersenet.graph.trace import Op, Ref
 
-MOVEMENT = frozenset(
-    "view _unsafe_view _reshape_alias reshape permute transpose t flatten unflatten squeeze unsqueeze expand slice "
-    "select split split_with_sizes chunk unbind stack channel_shuffle native_channel_shuffle roll flip narrow repeat "
-    "index_select unfold index numpy_T mT diagonal repeat_interleave".split()
-)
 _SPLITS = frozenset("split split_with_sizes chunk unbind".split())
 _VIEWS = frozenset("view _unsafe_view _reshape_alias reshape".split())
 _PICKS = frozenset("slice narrow select index_select index roll channel_shuffle native_channel_shuffle".split())

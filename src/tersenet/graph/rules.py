@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tersenet.graph import contraction_rules, layer_rules, movement_rules, weight_rules
 from tersenet.graph.labels import (
-    End,
     Labeller,
     Rule,
     Statistic,
@@ -23,25 +22,9 @@ from tersenet.graph.labels import (
     spread,
     varying,
 )
+from tersenet.graph.operators import ELEMENTWISE, FRESH, LAYERS, MULTIPLICATIVE, REDUCTIONS, STATISTICS, SUMS, UNARY
+from tersenet.graph.ties import collapse, read_whole
 from tersenet.graph.trace import Op, Ref
-
-UNARY = frozenset(
-    "relu relu6 hardtanh leaky_relu elu selu celu silu gelu mish softplus softsign sigmoid tanh hardswish hardsigmoid "
-    "log_sigmoid log_sigmoid_forward hardshrink softshrink threshold dropout native_dropout clone contiguous detach "
-    "alias lift_fresh lift_fresh_copy _to_copy neg abs exp exp2 log log1p expm1 sqrt rsqrt reciprocal square sign sgn "
-    "round floor ceil trunc clamp clamp_min clamp_max nan_to_num bernoulli erf sin cos isnan isinf logical_not "
-    "bitwise_not masked_fill zeros_like ones_like full_like empty_like rand_like randn_like".split()
-)
-MULTIPLICATIVE = frozenset("mul div".split())
-ELEMENTWISE = MULTIPLICATIVE | frozenset(
-    "add sub pow maximum minimum where lerp addcmul addcdiv rsub eq ne lt le gt ge copy atan2 fmod remainder "
-    "logical_and logical_or bitwise_and bitwise_or".split()
-)
-SUMS = frozenset("sum linalg_vector_norm".split())
-STATISTICS = frozenset("mean var std var_mean std_mean".split())
-FRESH = frozenset("new_zeros new_ones new_full new_empty".split())
-"""Constants that take only their type from a tensor."""
-REDUCTIONS = SUMS | STATISTICS | frozenset("amax amin max min logsumexp prod all any argmax argmin".split())
 
 
 def apply_rule(run: Labeller, op: Op) -> Any:
@@ -52,7 +35,7 @@ def apply_rule(run: Labeller, op: Op) -> Any:
     held = [v for v in values if isinstance(v, (Value, Weight))]
     if not held or op.name in FRESH:
         return None
-    if not any(isinstance(v, Value) for v in held) and op.name not in layer_rules.LAYERS:
+    if not any(isinstance(v, Value) for v in held) and op.name not in LAYERS:
         return weight_rules.computed(run, op)
     rule = RULES.get(op.name)
     if rule is None:
@@ -98,19 +81,6 @@ def _along(run: Labeller, op: Op) -> Any:
     return [result] * len(op.result) if isinstance(op.result, list) else result
 
 
-def collapse(run: Labeller, labels: Tensor, axes: list[int]) -> Tensor:
-    """Tie all labels along `axes`; the same labels with the first ones in their place."""
-    for axis in axes:
-        first = labels.narrow(axis, 0, 1)
-        everywhere = varying(labels)
-        if axis in everywhere:
-            run.merge(
-                array_of(first.expand(labels.shape), everywhere).reshape(-1), array_of(labels, everywhere).reshape(-1)
-            )
-        labels = first.expand(labels.shape)
-    return labels
-
-
 def _reduction(run: Labeller, op: Op) -> Any:
     """Over axes along which the labels don't change, a reduction keeps them; over channels it mixes them."""
     value: Value = run.get(op.args[0])
@@ -140,12 +110,6 @@ def _reduction(run: Labeller, op: Op) -> Any:
             labels = labels.squeeze(axis)
     result = Value(labels, value.origin, value.weighs)
     return [result] * len(op.result) if isinstance(op.result, list) else result
-
-
-def read_whole(run: Labeller, op: Op, value: Value, vector: Any, axis: int, argument: int = 0) -> None:
-    """An operator without tensors of its own reads all channels: what is removed has to be zero there."""
-    end = End("consume", op.place.module, (), axis, vector, [op.number], (), value.origin, vector, axis, argument)
-    run.end(end)
 
 
 def _elementwise(run: Labeller, op: Op) -> Any:

@@ -21,6 +21,8 @@ from tersenet.graph.labels import (
     slim,
     varying,
 )
+from tersenet.graph.operators import ELEMENTWISE, MOVEMENT, REDUCTIONS, UNARY
+from tersenet.graph.ties import collapse
 from tersenet.graph.trace import Op, Ref
 
 _SIZES = ("num_features", "num_channels", "num_parameters")
@@ -28,19 +30,17 @@ _SIZES = ("num_features", "num_channels", "num_parameters")
 
 def computed(run: Labeller, op: Op) -> Any:
     """The `Weight` that `op` makes of parameters and constants. Axes that it mixes are lost: they can't be cut then."""
-    from tersenet.graph import rules
-
     refs = op.result if isinstance(op.result, list) else [op.result]
     shape = run.shape(refs[0])
     held = [(ref, run.get(ref)) for ref in _refs([*op.args, *op.kwargs.values()])]
     axes: dict[Key, Tensor] = {}
-    if op.name in rules.ELEMENTWISE or op.name in rules.UNARY:
+    if op.name in ELEMENTWISE or op.name in UNARY:
         for _, weight in held:
             if isinstance(weight, Weight):
                 _join(run, op, axes, {k: slim(v.expand(shape)) for k, v in weight.axes.items()})
-    elif op.name in rules.REDUCTIONS:
+    elif op.name in REDUCTIONS:
         axes = _reduce(run, op, held[0][1], shape)
-    elif (op.name in rules.RULES and op.name in rules.movement_rules.MOVEMENT) or op.name == "cat":
+    elif op.name in MOVEMENT or op.name == "cat":
         return _moved(run, op)
     elif op.name == "native_batch_norm":
         axes = _standardised(run, op, held)
@@ -183,8 +183,6 @@ def attach(run: Labeller, op: Op, weight: Weight, labels: Tensor, origin: frozen
         met = True
         if along[-1] == axes[-1] and len(along) < len(axes):
             # One entry for a place in every head: heads go as a whole, and it stays.
-            from tersenet.graph.rules import collapse
-
             labels = collapse(run, labels, along)
             continue
         if not set(along) <= set(axes):
