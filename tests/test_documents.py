@@ -115,7 +115,11 @@ def test_python_blocks_of_the_models_page() -> None:
     assert report.after.macs <= report.before.macs // 2
 
 
-@pytest.mark.parametrize("program", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def example(program: Path) -> Any:
+    return pytest.param(program, id=program.stem, marks=[pytest.mark.slow] if program.stem == "yolo_like" else [])
+
+
+@pytest.mark.parametrize("program", [example(path) for path in sorted((ROOT / "examples").glob("*.py"))])
 def test_example(program: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     module = runpy.run_path(str(program))

@@ -208,7 +208,7 @@ def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool) -> _
     of = graph.units.of
     plan = _Plan()
     scattered = {g.scatter: g for g in groups if g.scatter is not None}
-    constants = measure_constants(graph, gone, set(scattered))
+    constants, weights = measure_constants(graph, gone, set(scattered))
     wraps: dict[str, dict[str, Any]] = {}
     for index, group in scattered.items():
         end = graph.ends[index]
@@ -229,16 +229,23 @@ def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool) -> _
         if (incoming & removed).any():
             wraps.setdefault(end.layer, {})["gather"] = tuple(np.flatnonzero(~removed[incoming]).tolist())
         if bool((constants[index] != 0).any()):
-            _compensate(graph, end, gone, constants[index], plan, wraps)
+            _compensate(
+                graph, end, gone, push_through(graph, end, gone, constants[index], weights.get(index)), plan, wraps
+            )
     plan.adapts = [Adapt(module=module, **settings) for module, settings in wraps.items()]
     return plan
 
 
 def _compensate(
-    graph: ModelGraph, end: End, gone: NDArrayBool, values: Tensor, plan: _Plan, wraps: dict[str, dict[str, Any]]
+    graph: ModelGraph,
+    end: End,
+    gone: NDArrayBool,
+    made: tuple[Tensor, bool],
+    plan: _Plan,
+    wraps: dict[str, dict[str, Any]],
 ) -> None:
     """What a layer makes of constant inputs goes into its bias, or into the taps of an adapter around it."""
-    taps, everywhere = push_through(graph, end, gone, values)
+    taps, everywhere = made
     layer = graph.model.get_submodule(end.layer)
     if everywhere and getattr(layer, "bias", None) is not None:
         plan.biases[f"{end.layer}.bias"] = taps.flatten(1).sum(1) if taps.dim() > 1 else taps
@@ -248,9 +255,9 @@ def _compensate(
     if not isinstance(adapter, ChannelAdapter) or "taps" not in dict(adapter.named_buffers(recurse=False)):
         holder = end.layer
         wraps.setdefault(holder, {})["taps"] = True
-    made = next(e for e in graph.ends if e.role == "produce" and e.tensors[0] == end.tensors[0])
+    producing = next(e for e in graph.ends if e.role == "produce" and e.tensors[0] == end.tensors[0])
     # The layer's own removed filters are zero, and so are their taps.
-    plan.buffers[holder, "taps"] = taps[torch.from_numpy(~gone[graph.units.of[made.labels]])]
+    plan.buffers[holder, "taps"] = taps[torch.from_numpy(~gone[graph.units.of[producing.labels]])]
 
 
 @torch.no_grad()
@@ -258,7 +265,9 @@ def _silence(graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool) -> None:
     """gamma = beta = 0 in every batch norm of a group, and no bias, for its removed channels."""
     for member in group.members:
         end = graph.ends[member.end]
-        places = torch.from_numpy(np.flatnonzero(gone[graph.units.of[end.labels]]))
+        # An end may carry channels of other groups too, whose constants are compensated.
+        units = graph.units.of[end.labels]
+        places = torch.from_numpy(np.flatnonzero(gone[units] & np.isin(units, group.units)))
         for name in () if end.role == "consume" else end.tensors:
             if name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
                 continue

@@ -23,8 +23,12 @@ class NotConstant(Exception):
         self.groups = groups
 
 
-def measure_constants(graph: ModelGraph, gone: NDArrayBool, scattered: set[int]) -> dict[int, Tensor]:
-    """End -> the constants (float64, one per removed channel) that it reads, or that a scatter point emits."""
+def measure_constants(
+    graph: ModelGraph, gone: NDArrayBool, scattered: set[int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """End -> the constants (float64, one per removed channel) that it reads, or that a scatter point emits; and
+    end -> the weights that it reads them with, where these are computed in forward."""
+    weights: dict[int, Tensor] = {}
     of = graph.units.of
     wanted: dict[int, list[tuple[int, IntArray]]] = {}
     for index, end in enumerate(graph.ends):
@@ -37,7 +41,7 @@ def measure_constants(graph: ModelGraph, gone: NDArrayBool, scattered: set[int])
     low: dict[int, Tensor] = {}
     high: dict[int, Tensor] = {}
     for seed in (1, 2) if wanted else ():
-        for index, values in _look(graph, gone, wanted, scattered, seed):
+        for index, values in _look(graph, gone, wanted, scattered, seed, weights):
             bottom, top = values.amin(1), values.amax(1)
             low[index] = torch.minimum(low.get(index, bottom), bottom)
             high[index] = torch.maximum(high.get(index, top), top)
@@ -55,11 +59,16 @@ def measure_constants(graph: ModelGraph, gone: NDArrayBool, scattered: set[int])
             where.append(end.layer)
     if owners:
         raise NotConstant(owners, ", ".join(dict.fromkeys(where)))
-    return {index: (low[index] + high[index]) / 2 for index in low}
+    return {index: (low[index] + high[index]) / 2 for index in low}, weights
 
 
 def _look(
-    graph: ModelGraph, gone: NDArrayBool, wanted: dict[int, list[tuple[int, IntArray]]], scattered: set[int], seed: int
+    graph: ModelGraph,
+    gone: NDArrayBool,
+    wanted: dict[int, list[tuple[int, IntArray]]],
+    scattered: set[int],
+    seed: int,
+    weights: dict[int, Tensor],
 ) -> list[tuple[int, Tensor]]:
     """(end, values (channels, everything else)) of every wanted end, on noise."""
     seen: list[tuple[int, Tensor]] = []
@@ -70,6 +79,8 @@ def _look(
             for index, places in wanted[number]:
                 if index not in scattered:
                     end = graph.ends[index]
+                    if end.computed:
+                        weights[index] = _weight_of(end, args)
                     seen.append((index, _channels(args[end.reads_argument], end.reads_axis, places)))
             run = kept_only.get(number)
             result = run(func, args, kwargs) if run is not None else func(*args, **kwargs)
@@ -86,13 +97,23 @@ def _look(
     return seen
 
 
+def _weight_of(end: End, args: tuple[Any, ...]) -> Tensor:
+    """(C_out, C_in, ...) as the operator gets it."""
+    weight = args[end.reads_argument + 1].detach()
+    return weight if end.reads_axis == 1 else weight.t()
+
+
 def _channels(value: Tensor, axis: int, places: IntArray) -> Tensor:
     chosen = value.detach().index_select(axis, torch.from_numpy(places).to(value.device))
     return chosen.movedim(axis, 0).flatten(1).double().cpu()
 
 
-def push_through(graph: ModelGraph, end: End, gone: NDArrayBool, values: Tensor) -> tuple[Tensor, bool]:
+def push_through(
+    graph: ModelGraph, end: End, gone: NDArrayBool, values: Tensor, computed: Tensor | None = None
+) -> tuple[Tensor, bool]:
     """What a layer makes of constants on its removed inputs, and whether that is the same everywhere (no padding).
+
+    Args: computed: the layer's weights where they are not its parameter.
 
     Returns (C_out, kH, kW), one value per kernel tap; (C_out,) for a linear layer.
 
@@ -101,7 +122,7 @@ def push_through(graph: ModelGraph, end: End, gone: NDArrayBool, values: Tensor)
     """
     layer = graph.model.get_submodule(end.layer)
     removed = gone[graph.units.of[end.reads]]
-    weight = graph.tensor(end.tensors[0]).detach().double().cpu()
+    weight = (graph.tensor(end.tensors[0]) if computed is None else computed).detach().double().cpu()
     full = torch.zeros(len(removed), dtype=torch.float64)
     full[torch.from_numpy(np.flatnonzero(removed))] = values
     convolution = isinstance(layer, _CONVOLUTIONS)

@@ -39,7 +39,8 @@ def _product(run: Labeller, op: Op) -> Any:
     if isinstance(a, Value) and isinstance(b, Value):
         result = attend(run, op, a.labels, b.labels, place)
         _count(run, op, result, a.labels.shape[-1], a.labels)
-        return Value(result, a.origin | b.origin, weighs=not a.weighs and not b.weighs)
+        # Without an origin: nothing can be put back at full width in front of a product.
+        return Value(result, weighs=not a.weighs and not b.weighs)
     if isinstance(a, Value) and isinstance(b, Weight) and len(b.shape) == 2:
         return _linear(run, op, a, b, bias, place)
     if isinstance(a, Value) and not isinstance(b, Weight):
@@ -104,7 +105,7 @@ def layer(
     if not made_by or not read_by:
         return run.refuse(op, f"{describe(op)} has weights that are computed in a way that is not understood")
     name, out_axis = made_by[0]
-    module = name.rpartition(".")[0]
+    module = name.rpartition(".")[0].split(".parametrizations.")[0]
     used_in = op.place.module if op.place.module in run.modules else module
     read = vector.reshape(groups, -1)
     for row in read[1:]:
@@ -124,6 +125,7 @@ def layer(
     reading = End("consume", module, (reader,), read_axis, labels, [op.number], _sizes(run, module, used_in, sizes[0]))
     reading.fed_by, reading.reads = value.origin, vector
     reading.reads_axis, reading.reads_argument = channel_axis, argument
+    reading.computed = not weight.moved
     labels = run.axis_labels(name, out_axis, 0)
     making = End("produce", module, tensors, out_axis, labels, [op.number], _sizes(run, module, used_in, sizes[1]))
     making.fed_by = value.origin
@@ -224,8 +226,7 @@ def _attention(run: Labeller, op: Op) -> Any:
         labels = slim(labels.narrow(-1, 0, 1).narrow(-2, 0, 1).expand(shape))
     _count(run, op, labels, run.shape(op.args[1])[-2], labels)
     _count(run, op, labels, run.shape(op.args[1])[-2], labels)
-    origin = q.origin | k.origin | v.origin
-    return [Value(labels, origin) if isinstance(r, Ref) and i == 0 else None for i, r in enumerate(op.result)]
+    return [Value(labels), *[None] * (len(op.result) - 1)]
 
 
 def _map(labels: Tensor, shape: tuple[int, ...]) -> Tensor:

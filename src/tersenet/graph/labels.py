@@ -10,6 +10,7 @@ stride-0 expansions, so a label tensor costs as much as its channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class End:
     depthwise). `consume`: the channels are read and mixed; without tensors, by an operator such as a sum.
     `attributes` are module sizes that shrink in proportion. `reads` are the labels of the whole activation that a
     `consume` end reads (longer than `labels` in a grouped convolution), along `reads_axis` of the operator's argument
-    `reads_argument`. `fed_by` are the ends through which the data came last. `uses` are operators of the trace.
+    `reads_argument`. `computed`: the layer's weights are not the parameter itself. `fed_by` are the ends through which the data came last. `uses` are operators of the trace.
     """
 
     role: Literal["produce", "pass", "consume"]
@@ -50,6 +51,7 @@ class End:
     reads: IntArray | None = None
     reads_axis: int = 1
     reads_argument: int = 0
+    computed: bool = False
 
 
 @dataclass
@@ -77,11 +79,12 @@ class Value:
 @dataclass
 class Weight:
     """A parameter, or what is computed of parameters only: for every parameter axis that is in it, a label tensor of
-    its shape. `name` is that of an untouched parameter."""
+    its shape. `name` is that of an untouched parameter; `moved`: its values are those of parameters, at other places."""
 
     shape: tuple[int, ...]
     axes: dict[Key, Tensor]
     name: str | None = None
+    moved: bool = False
 
 
 @dataclass
@@ -207,6 +210,9 @@ class Labeller:
             elif isinstance(value, Weight):
                 for labels in value.axes.values():
                     self.freeze(labels, reason)
+        if op.name == "convolution":
+            macs = math.prod(self.shape(op.result)) * math.prod(self.shape(op.args[1])[1:])
+            self.out.layers.append(LayerUse(op.place.module, macs, ()))
         label = self.fresh(1)
         self.freeze(label, reason)
         refs = op.result if isinstance(op.result, list) else [op.result]
@@ -260,7 +266,7 @@ class Labeller:
             (name, axis): spread(self.axis_labels(name, axis, size), slot.shape, axis)
             for axis, size in enumerate(slot.shape)
         }
-        return Weight(slot.shape, axes, name)
+        return Weight(slot.shape, axes, name, moved=True)
 
     def _input(self, slot: Slot) -> Value:
         if len(slot.shape) < 2:

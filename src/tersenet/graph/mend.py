@@ -188,8 +188,18 @@ def options(model: nn.Module, trace: Trace, sizes: Sizes, op: Op) -> list[list[M
     filled = [c for c in choices if c]
     if not filled:
         return []
-    ways = [list(way) for way in itertools.islice(itertools.product(*filled), 24)]
-    return [way for way in ways if len({(m.module, m.attribute, m.index) for m in way}) == len(way)]
+    ways = [_once(way) for way in itertools.islice(itertools.product(*filled), 24)]
+    return [way for way in ways if way]
+
+
+def _once(way: tuple[Mend, ...]) -> list[Mend]:
+    """Every attribute once; nothing if two numbers want different things of one."""
+    found: dict[tuple[str, str, int | None], Mend] = {}
+    for mend in way:
+        known = found.setdefault((mend.module, mend.attribute, mend.index), mend)
+        if (known.ratio, known.literal.old) != (mend.ratio, mend.literal.old):
+            return []
+    return list(found.values())
 
 
 def _candidates(path: str, module: nn.Module, names: list[str], literal: Literal, listed: bool) -> Iterator[Mend]:

@@ -120,7 +120,9 @@ def _moved(run: Labeller, op: Op) -> Any:
         moved = move(run, op, labels_of)
         for axes, labels in zip(found, moved or [], strict=False):
             axes[key] = labels
-    results = [Weight(run.shape(ref), axes) for ref, axes in zip(refs, found, strict=True)]
+    held = [run.get(ref) for ref in _refs(list(op.args))]
+    same = all(weight.moved for weight in held if isinstance(weight, Weight))
+    results = [Weight(run.shape(ref), axes, moved=same) for ref, axes in zip(refs, found, strict=True)]
     return results if isinstance(op.result, list) else results[0]
 
 
