@@ -255,7 +255,7 @@ def _compensate(
     if not isinstance(adapter, ChannelAdapter) or "taps" not in dict(adapter.named_buffers(recurse=False)):
         holder = end.layer
         wraps.setdefault(holder, {})["taps"] = True
-    producing = next(e for e in graph.ends if e.role == "produce" and e.tensors[0] == end.tensors[0])
+    producing = next(e for e in graph.ends if e.role == "produce" and e.layer == end.layer)
     # The layer's own removed filters are zero, and so are their taps.
     plan.buffers[holder, "taps"] = taps[torch.from_numpy(~gone[graph.units.of[producing.labels]])]
 

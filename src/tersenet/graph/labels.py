@@ -37,7 +37,8 @@ class End:
     depthwise). `consume`: the channels are read and mixed; without tensors, by an operator such as a sum.
     `attributes` are module sizes that shrink in proportion. `reads` are the labels of the whole activation that a
     `consume` end reads (longer than `labels` in a grouped convolution), along `reads_axis` of the operator's argument
-    `reads_argument`. `computed`: the layer's weights are not the parameter itself. `fed_by` are the ends through which the data came last. `uses` are operators of the trace.
+    `reads_argument`. `computed`: the layer's weights are not the parameter itself. `fed_by` are the ends through which
+    the data came last. `uses` are operators of the trace.
     """
 
     role: Literal["produce", "pass", "consume"]
@@ -79,7 +80,7 @@ class Value:
 @dataclass
 class Weight:
     """A parameter, or what is computed of parameters only: for every parameter axis that is in it, a label tensor of
-    its shape. `name` is that of an untouched parameter; `moved`: its values are those of parameters, at other places."""
+    its shape. `name` is that of an untouched parameter. `moved`: its values are a parameter's, at other places."""
 
     shape: tuple[int, ...]
     axes: dict[Key, Tensor]
