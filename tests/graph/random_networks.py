@@ -17,16 +17,20 @@ class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of an image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
 def norm(random: Random, C: int) -> nn.Module:
-    kinds = [nn.BatchNorm2d] * 4 + [ChannelNorm, lambda C: nn.GroupNorm(random.choice((1, 2)), C), nn.InstanceNorm2d]
+    kinds = [nn.BatchNorm2d] * 4 + [
+        ChannelNorm,
+        lambda C: nn.GroupNorm(random.choice((1, 1 + (C % 2 == 0))), C),
+        nn.InstanceNorm2d,
+    ]
     return random.choice(kinds)(C)
 
 
 def act(random: Random, C: int) -> nn.Module:
-    return random.choice((nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.PReLU(C), nn.PReLU(), nn.Sigmoid()))
+    return random.choice((nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.PReLU(C), nn.PReLU()))
 
 
 def layer(random: Random, C_in: int, C_out: int, k: int = 3, groups: int = 1) -> nn.Sequential:

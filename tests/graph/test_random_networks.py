@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +15,7 @@ OUTPUT = "the network's output"
 
 
 def check_networks(networks: int) -> None:
-    """Nothing different, no other exception; hardly any refused; hardly any channel frozen in the coupled mode."""
+    """Nothing different, no other exception; hardly any refused; hardly any channel frozen."""
     refused: list[str] = []
     shares: list[float] = []
 
@@ -26,25 +24,23 @@ def check_networks(networks: int) -> None:
     )
     @given(
         seed=st.integers(0, 2**31),
-        depth=st.integers(1, 6),
+        depth=st.integers(1, 4),
         inputs=st.sampled_from((1, 1, 1, 2)),
         rate=st.sampled_from((0.2, 0.4, 0.5, 0.7)),
-        residual=st.sampled_from(("coupled", "coupled", "independent")),
     )
-    def check(seed: int, depth: int, inputs: int, rate: float, residual: Any) -> None:
-        model = RandomNetwork(seed, depth, inputs)
+    def check(seed: int, depth: int, inputs: int, rate: float) -> None:
+        model, example = RandomNetwork(seed, depth, inputs), (torch.zeros(2, 3, 6, 6),) * inputs
         try:
-            graph, _ = check_exact(model, (torch.zeros(2, 3, 8, 8),) * inputs, residual, rate, seed=seed % 1000)
+            graph, _ = check_exact(model, example, "coupled", rate, "zero", seed=seed % 1000)
         except GraphError as error:
             refused.append(str(error))
             return
-        if residual == "coupled":
-            inner = [group for group in graph.groups if group.frozen != OUTPUT]
-            shares.append(sum(g.size for g in inner if g.frozen is None) / max(1, sum(g.size for g in inner)))
+        inner = [group for group in graph.groups if group.frozen != OUTPUT]
+        shares.append(sum(g.size for g in inner if g.frozen is None) / max(1, sum(g.size for g in inner)))
 
     check()
     assert len(refused) <= 0.05 * networks, refused
-    assert len(shares) > networks // 3
+    assert len(shares) + len(refused) >= networks
     assert sum(shares) >= 0.95 * len(shares), sum(shares) / len(shares)
 
 
@@ -54,4 +50,4 @@ def test_some_random_networks_are_compacted_exactly() -> None:
 
 @pytest.mark.slow
 def test_many_random_networks_are_compacted_exactly() -> None:
-    check_networks(600)
+    check_networks(500)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.graph.edits import is_size
 from tersenet.graph.labels import Labelling, NDArrayBool, varying
-from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running
+from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running, same_operator
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _Compare(TorchDispatchMode):
         if func in SAME:
             return func(*args, **(kwargs or {}))
         self.number += 1
-        if self.number >= len(self.trace.ops) or self.trace.ops[self.number].func is not func:
+        if self.number >= len(self.trace.ops) or not same_operator(self.trace.ops[self.number].func, func):
             raise _Stale(min(self.number, len(self.trace.ops) - 1), "its operators depend on the number of channels")
         result = func(*args, **(kwargs or {}))
         results = list(result) if isinstance(result, (list, tuple)) else [result]

@@ -13,7 +13,7 @@ from tersenet.errors import GraphError
 from tersenet.graph.labels import NDArrayBool
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.precision import full_float32
-from tersenet.graph.trace import SAME, Trace, running
+from tersenet.graph.trace import SAME, Trace, running, same_operator
 
 Action = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """What is done in place of an operator: it gets the function, its arguments and keyword arguments."""
@@ -24,6 +24,7 @@ class _Replay(TorchDispatchMode):
         super().__init__()
         self._ops = trace.ops
         self._actions = actions
+        self.missing = set(actions)
         self._number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -33,7 +34,8 @@ class _Replay(TorchDispatchMode):
         action = self._actions.get(number)
         if action is None:
             return func(*args, **(kwargs or {}))
-        if self._ops[number].func is not func:
+        self.missing.discard(number)
+        if not same_operator(self._ops[number].func, func):
             raise GraphError(
                 f"the network runs other operators than when it was traced ({func} in place of "
                 f"{self._ops[number].func}); a branch in its forward depends on values"
@@ -43,8 +45,12 @@ class _Replay(TorchDispatchMode):
 
 def replay(model: nn.Module, trace: Trace, inputs: tuple[Any, ...], actions: dict[int, Action]) -> Any:
     """The output of `model(*inputs)` with `actions` (operator number -> what to do) in place of some operators."""
-    with running(model), full_float32(), _Replay(trace, actions):
-        return model(*inputs)
+    mode = _Replay(trace, actions)
+    with running(model), full_float32(), mode:
+        output = model(*inputs)
+    if mode.missing:
+        raise GraphError("the network runs fewer operators than when it was traced; a branch depends on values")
+    return output
 
 
 def over_kept(graph: ModelGraph, gone: NDArrayBool) -> dict[int, Action]:
@@ -73,20 +79,20 @@ def _kept_only(name: str, axis: int, kept: Tensor) -> Action:
             some[4] = len(index)
         result = func(*some, **kwargs)
         single = isinstance(result, Tensor)
-        results = [_widen(r, args[0], axis, index) for r in ([result] if single else result)]
+        # What is run for its memory order: what follows depends on it.
+        whole = func(*args, **kwargs)
+        pairs = [(result, whole)] if single else zip(result, whole, strict=True)
+        results = [_widen(part, full, axis, index) for part, full in pairs]
         return results[0] if single else tuple(results)
 
     return action
 
 
-def _widen(result: Any, like: Tensor, axis: int, index: Tensor) -> Any:
+def _widen(part: Any, full: Any, axis: int, index: Tensor) -> Any:
     """Zeros at the removed channels, where the result still has the axis: a mean over it has not."""
-    shape = [*like.shape]
-    shape[axis] = len(index)
-    if not isinstance(result, Tensor) or [*result.shape] != shape:
-        return result
-    shape[axis] = like.shape[axis]
-    return result.new_zeros(shape).index_copy(axis, index, result)
+    if not isinstance(part, Tensor) or part.shape == full.shape:
+        return part
+    return torch.zeros_like(full).index_copy_(axis, index, part)
 
 
 def reference(graph: ModelGraph, gone: NDArrayBool, inputs: tuple[Any, ...]) -> Any:

@@ -22,8 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tersenet.errors import GraphError
 from tersenet.nn.adapter import ChannelAdapter
 
-SAME = frozenset([torch.ops.aten.detach.default, torch.ops.aten.alias.default])
-"""Operators that are not counted."""
+_aten = torch.ops.aten
+SAME = frozenset([_aten.detach.default, _aten.alias.default, _aten.clone.default])
+"""Operators that are not counted: the same values. How often torch copies depends on sizes and memory order."""
+_VIEWS = frozenset([_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default])
+
+
+def same_operator(a: Any, b: Any) -> bool:
+    """Whether two functions of the dispatcher do the same; a view may be of a copy or not."""
+    return a is b or (a in _VIEWS and b in _VIEWS)
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,6 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in SAME:
-            # Under another name it is the same tensor. How often torch does this differs from run to run.
             self._slots[id(result)] = self._slot(args[0])
             self._alive.append(result)
             return result

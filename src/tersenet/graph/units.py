@@ -162,6 +162,10 @@ def _scatter_end(found: Labelling, units: set[int], of: IntArray, indices: list[
         if units.isdisjoint(of[labels].tolist()):
             continue
         inside = origin & set(indices)
+        if any(not np.array_equal(of[labels], of[found.ends[i].labels]) for i in inside):
+            return None, f"only a part of it reaches the sum {place}; residual: coupled can prune it"
+        if any(name == "normalized_shape" for i in inside for _, name in found.ends[i].attributes):
+            return None, f"a layer norm stands before the sum {place}; residual: coupled can prune it"
         if len(inside) != 1:
             return None, f"it reaches the sum {place} by several ways; residual: coupled can prune it"
         ends |= inside
