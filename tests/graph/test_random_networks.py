@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graph.random_networks import RandomNetwork
-from graph_support import check_exact
+from graph_support import DeadOutput, check_exact
 from tersenet.errors import GraphError
 from tersenet.graph.compact import Constants
 from tersenet.graph.labels import Residual
@@ -19,6 +19,7 @@ OUTPUT = "the network's output"
 def check_networks(networks: int) -> None:
     """Nothing different, no other exception; hardly any refused; hardly any channel frozen."""
     refused: list[str] = []
+    dead: list[int] = []
     shares: list[float] = []
 
     @settings(
@@ -39,6 +40,9 @@ def check_networks(networks: int) -> None:
         except GraphError as error:
             refused.append(str(error))
             return
+        except DeadOutput:  # So little was left that every activation function is at zero.
+            dead.append(seed)
+            return
         if residual == "independent":  # The trunks keep their width there.
             return
         inner = [group for group in graph.groups if group.frozen != OUTPUT]
@@ -46,6 +50,7 @@ def check_networks(networks: int) -> None:
 
     check()
     assert len(refused) <= 0.05 * networks, refused
+    assert len(dead) <= 0.02 * networks
     assert len(shares) >= networks / 3
     assert sum(shares) >= 0.95 * len(shares), sum(shares) / len(shares)
 
