@@ -11,6 +11,7 @@ Differs: the reference compensates only the last batch norm of a block and silen
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import GraphError
-from tersenet.graph.constants import NotConstant, measure_constants, push_through
+from tersenet.graph.constants import Measured, NotConstant, constants_of, measure, push_through
 from tersenet.graph.edits import Adapt, Keep, Resize
 from tersenet.graph.labels import End, NDArrayBool
 from tersenet.graph.model import Kept, ModelGraph, random_like
 from tersenet.graph.precision import full_float32
-from tersenet.graph.replay import reference
 from tersenet.graph.shrink import axis_in, cuts
-from tersenet.graph.trace import first_line, running, tensors_in, user_line
+from tersenet.graph.trace import Ref, Trace, first_line, refs_in, running, tensors_in, user_line
+from tersenet.graph.undo import structure_of
 from tersenet.graph.units import ChannelGroup
 from tersenet.nn.adapter import ChannelAdapter
 from tersenet.results import Equality
@@ -48,7 +49,7 @@ class _Plan:
     keeps: list[Keep | Resize] = field(default_factory=list[Keep | Resize])
     adapts: list[Adapt] = field(default_factory=list[Adapt])
     buffers: dict[tuple[str, str], Tensor] = field(default_factory=dict[tuple[str, str], Tensor])
-    biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    shifts: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def compact(graph: ModelGraph, kept: Kept, constants: Constants = "auto") -> Compaction:
@@ -64,36 +65,58 @@ def compact(graph: ModelGraph, kept: Kept, constants: Constants = "auto") -> Com
     """
     gone = graph.removed(kept)
     groups = [g for g in graph.groups if gone[g.units].any()]
-    ends = [graph.ends[member.end] for group in groups for member in group.members]
-    # Masking and silencing write into these; what only reads the channels stays as it is until the edits.
-    written = {name for end in ends if end.role != "consume" for name in end.tensors}
-    before = {name: graph.tensor(name).detach().clone() for name in written}
+    ends = [graph.ends[end] for end in {member.end for group in groups for member in group.members}]
     keeps = cuts(graph.model, graph.trace, graph.found, graph.units, graph.fixed.mends, gone)
+    undo = _undo(graph, ends, gone)
     try:
         mask(graph, kept)
-        plan, zeroed = _exact_plan(graph, groups, gone, constants)
+        plan, zeroed, measured = _exact_plan(graph, groups, gone, constants)
         plan.keeps = keeps
-        equality = _rehearse(graph, plan, gone)
+        _carry_out(graph, plan)
+        equality = _prove(graph, measured)
     except BaseException:
-        with torch.no_grad():
-            for name, tensor in before.items():
-                graph.tensor(name).copy_(tensor)
+        undo()
         raise
-    _carry_out(graph, plan)
     return Compaction(equality, sorted(zeroed))
+
+
+def _undo(graph: ModelGraph, ends: list[End], gone: NDArrayBool) -> Callable[[], None]:
+    """A function that puts back what `compact` changes: removed channels' numbers, biases, and the structure."""
+    restore, known = structure_of(graph.model), dict(graph.__dict__)
+    rows: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    for end in ends:
+        for name in () if end.role == "consume" else end.tensors:
+            tensor = graph.tensor(name).detach()
+            axis = axis_in(end, tensor.dim())
+            index = torch.from_numpy(np.flatnonzero(gone[graph.units.of[end.labels]])).to(tensor.device)
+            rows.append((tensor, axis, index, tensor.index_select(axis, index)))
+    shifted = [t for n, t in graph.model.state_dict(keep_vars=True).items() if n.endswith((".bias", ".running_mean"))]
+    values = [(tensor, tensor.detach().clone()) for tensor in shifted]
+
+    def undo() -> None:
+        restore()
+        graph.__dict__.update(known)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+            for tensor, axis, index, value in reversed(rows):
+                tensor.index_copy_(axis, index, value)
+
+    return undo
 
 
 def _exact_plan(
     graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool, constants: Constants
-) -> tuple[_Plan, set[str]]:
-    """The edits, and the groups that had to be silenced for them."""
+) -> tuple[_Plan, set[str], Measured]:
+    """The edits, the groups that had to be silenced for them, and what was measured on the masked network."""
     zeroed: set[str] = {g.name for g in groups} if constants == "zero" else set()
     for group in groups:
         if group.name in zeroed:
             _silence(graph, group, gone)
     while True:
+        measured = measure(graph, gone, {g.scatter for g in groups if g.scatter is not None})
         try:
-            return _plan(graph, groups, gone), zeroed
+            return _plan(graph, groups, gone, measured), zeroed, measured
         except NotConstant as problem:
             if constants == "exact" or problem.groups <= zeroed:
                 raise GraphError(
@@ -106,23 +129,18 @@ def _exact_plan(
             zeroed |= problem.groups
 
 
-def _rehearse(graph: ModelGraph, plan: _Plan, gone: NDArrayBool) -> Equality:
-    """Carry out the plan on a copy and compare. Raises: GraphError if the copy does not run, or differs."""
-    state = graph.model.state_dict(keep_vars=True)
-    trial = graph.copy(shared=[tensor for name, tensor in state.items() if name not in plan.biases])
+def _prove(graph: ModelGraph, measured: Measured) -> Equality:
+    """Compare the compact network with what the masked one gave. Raises: GraphError if it does not run, or differs."""
     try:
-        _carry_out(trial, plan)
-        inputs = random_like(graph.example, seed=7)
-        masked = tensors_in(reference(graph, gone, copy.deepcopy(inputs)))
-        with running(trial.model), full_float32():
-            compacted = tensors_in(trial.model(*copy.deepcopy(inputs)))
+        with running(graph.model), full_float32():
+            compacted = tensors_in(graph.model(*random_like(graph.example, measured.seed)))
     except Exception as error:
         raise GraphError(
             f"{type(graph.model).__name__} does not run with fewer channels{user_line(error)}: {first_line(error)}. "
             "Numbers of channels are probably fixed in its forward: take them from the tensors' shapes there, or leave "
             "the layers before that line out (exclude). Nothing was removed"
         ) from error
-    equality = _difference(masked, compacted, samples=graph.batch)
+    equality = _difference(measured.outputs[-1], compacted, samples=graph.batch)
     if not equality.relative <= equality.tolerance:
         raise GraphError(
             f"the compact network differs from the masked one by {equality.relative:.2g} of the largest output "
@@ -191,11 +209,12 @@ def _number(x: Tensor) -> Tensor:
 
 
 def _carry_out(graph: ModelGraph, plan: _Plan) -> None:
-    with torch.no_grad():
-        for name, delta in plan.biases.items():
-            bias = graph.tensor(name)
-            bias += delta.to(bias)
-    for edit in [*plan.keeps, *plan.adapts]:
+    for edit in plan.keeps:
+        graph.apply(edit)
+    for name, delta in plan.shifts.items():
+        shifted = graph.tensor(name).detach()
+        shifted += delta.to(shifted)
+    for edit in plan.adapts:
         graph.apply(edit)
     for (module, name), value in plan.buffers.items():
         # New buffers are zero; taps from an earlier compaction stay, and the new ones are added.
@@ -204,11 +223,11 @@ def _carry_out(graph: ModelGraph, plan: _Plan) -> None:
         setattr(holder, name, buffer + value.to(buffer))
 
 
-def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool) -> _Plan:
+def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool, measured: Measured) -> _Plan:
     of = graph.units.of
     plan = _Plan()
     scattered = {g.scatter: g for g in groups if g.scatter is not None}
-    constants, weights = measure_constants(graph, gone, set(scattered))
+    constants = constants_of(graph, gone, measured)
     wraps: dict[str, dict[str, Any]] = {}
     for index, group in scattered.items():
         end = graph.ends[index]
@@ -228,10 +247,9 @@ def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool) -> _
         incoming = ~removed | wide
         if (incoming & removed).any():
             wraps.setdefault(end.layer, {})["gather"] = tuple(np.flatnonzero(~removed[incoming]).tolist())
-        if bool((constants[index] != 0).any()):
-            _compensate(
-                graph, end, gone, push_through(graph, end, gone, constants[index], weights.get(index)), plan, wraps
-            )
+        if index in constants and bool((constants[index] != 0).any()):
+            made = push_through(graph, end, gone, constants[index], measured.weights.get(index))
+            _compensate(graph, end, gone, made, plan, wraps)
     plan.adapts = [Adapt(module=module, **settings) for module, settings in wraps.items()]
     return plan
 
@@ -244,20 +262,36 @@ def _compensate(
     plan: _Plan,
     wraps: dict[str, dict[str, Any]],
 ) -> None:
-    """What a layer makes of constant inputs goes into its bias, or into the taps of an adapter around it."""
+    """What a layer makes of constant inputs goes into its bias, into the mean that a batch norm behind it subtracts, or
+    into the taps of an adapter around it."""
     taps, everywhere = made
+    producing = next(e for e in graph.ends if e.role == "produce" and e.layer == end.layer)
+    # The layer's own removed filters are zero, and so is what they make of constants.
+    taps = taps[torch.from_numpy(~gone[graph.units.of[producing.labels]])]
     layer = graph.model.get_submodule(end.layer)
-    if everywhere and getattr(layer, "bias", None) is not None:
-        plan.biases[f"{end.layer}.bias"] = taps.flatten(1).sum(1) if taps.dim() > 1 else taps
+    mean = _mean_behind(graph.trace, end) if everywhere else None
+    if everywhere and (getattr(layer, "bias", None) is not None or mean is not None):
+        total = taps.reshape(len(taps), -1).sum(1)
+        plan.shifts[mean or f"{end.layer}.bias"] = -total if mean else total
         return
     holder = end.layer.rpartition(".")[0]
     adapter = graph.model.get_submodule(holder)
     if not isinstance(adapter, ChannelAdapter) or "taps" not in dict(adapter.named_buffers(recurse=False)):
         holder = end.layer
         wraps.setdefault(holder, {})["taps"] = True
-    producing = next(e for e in graph.ends if e.role == "produce" and e.layer == end.layer)
-    # The layer's own removed filters are zero, and so are their taps.
-    plan.buffers[holder, "taps"] = taps[torch.from_numpy(~gone[graph.units.of[producing.labels]])]
+    plan.buffers[holder, "taps"] = taps
+
+
+def _mean_behind(trace: Trace, end: End) -> str | None:
+    """The running mean of a batch norm, if it alone reads what a layer makes, and nothing else."""
+    readers = [op for use in end.uses for op in trace.readers.get(trace.ops[use].result, [])]
+    if len(readers) != 1 or readers[0].name != "native_batch_norm" or readers[0].args[5]:
+        return None
+    if any(trace.ops[use].result in refs_in(trace.outputs) for use in end.uses):
+        return None
+    mean = readers[0].args[3]
+    alone = isinstance(mean, Ref) and len(trace.readers[mean]) == 1 and len(end.uses) == 1
+    return trace.slots[mean.slot].parameter if alone else None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tersenet.graph.labels import End, IntArray, NDArrayBool
 from tersenet.graph.model import ModelGraph, random_like
 from tersenet.graph.replay import Action, over_kept, replay
+from tersenet.graph.trace import tensors_in
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -23,78 +25,91 @@ class NotConstant(Exception):
         self.groups = groups
 
 
-def measure_constants(
-    graph: ModelGraph, gone: NDArrayBool, scattered: set[int]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """End -> the constants (float64, one per removed channel) that it reads, or that a scatter point emits; and
-    end -> the weights that it reads them with, where these are computed in forward."""
-    weights: dict[int, Tensor] = {}
-    of = graph.units.of
+@dataclass
+class Measured:
+    """What the masked network did on noise, twice: values that tell constants from others, and its outputs.
+
+    `low` and `high`: end -> the range (float64, one per removed channel) of what it reads, or of what a scatter point
+    emits. `weights`: those that an end reads with, where they are computed in forward. `seed` made the last input.
+    """
+
+    scattered: set[int]
+    low: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    high: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    weights: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    outputs: list[list[Tensor]] = field(default_factory=list[list[Tensor]])
+    seed: int = 0
+
+    def add(self, index: int, values: Tensor) -> None:
+        if values.numel() == 0:
+            return
+        bottom, top = (edge.double().cpu() for edge in values.flatten(1).aminmax(dim=1))
+        self.low[index] = torch.minimum(self.low.get(index, bottom), bottom)
+        self.high[index] = torch.maximum(self.high.get(index, top), top)
+
+
+def measure(graph: ModelGraph, gone: NDArrayBool, scattered: set[int]) -> Measured:
+    """Run the masked network as the compact one has to compute it: norms over kept channels only."""
+    measured = Measured(scattered)
     wanted: dict[int, list[tuple[int, IntArray]]] = {}
     for index, end in enumerate(graph.ends):
         labels = end.labels if index in scattered else end.reads
         if labels is None or (end.role != "consume" and index not in scattered):
             continue
-        places = np.flatnonzero(gone[of[labels]])
+        places = np.flatnonzero(gone[graph.units.of[labels]])
         for op in end.uses if len(places) else []:
             wanted.setdefault(op, []).append((index, places))
-    low: dict[int, Tensor] = {}
-    high: dict[int, Tensor] = {}
-    for seed in (1, 2) if wanted else ():
-        for index, values in _look(graph, gone, wanted, scattered, seed, weights):
-            bottom, top = values.amin(1), values.amax(1)
-            low[index] = torch.minimum(low.get(index, bottom), bottom)
-            high[index] = torch.maximum(high.get(index, top), top)
+    kept_only = over_kept(graph, gone)
+    actions = {number: _look(graph, measured, number, ends, kept_only.get(number)) for number, ends in wanted.items()}
+    for measured.seed in (1, 2):
+        inputs = random_like(graph.example, measured.seed)
+        measured.outputs.append(tensors_in(replay(graph.model, graph.trace, inputs, {**kept_only, **actions})))
+    return measured
+
+
+def _look(
+    graph: ModelGraph, measured: Measured, number: int, ends: list[tuple[int, IntArray]], run: Action | None
+) -> Action:
+    """Run an operator, and note what goes into it or comes out at the removed channels of some ends."""
+
+    def look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for index, places in ends:
+            if index not in measured.scattered:
+                end = graph.ends[index]
+                if end.computed:
+                    measured.weights[index] = _weight_of(end, args)
+                measured.add(index, _channels(args[end.reads_argument], end.reads_axis, places))
+        result = run(func, args, kwargs) if run is not None else func(*args, **kwargs)
+        for index, places in ends:
+            if index in measured.scattered:
+                first = result if isinstance(result, Tensor) else result[0]
+                measured.add(index, _channels(first, -1 if "mm" in graph.trace.ops[number].name else 1, places))
+        return result
+
+    return look
+
+
+def constants_of(graph: ModelGraph, gone: NDArrayBool, measured: Measured) -> dict[int, Tensor]:
+    """End -> the constants (float64, one per removed channel) that it reads, or that a scatter point emits.
+
+    Raises:
+        NotConstant: values that change.
+    """
+    of = graph.units.of
     owners: set[str] = set()
     where: list[str] = []
-    for index, bottom in low.items():
-        end = graph.ends[index]
-        labels = end.labels if index in scattered else end.reads
-        spread = high[index] - bottom
+    for index, bottom in measured.low.items():
+        end, high = graph.ends[index], measured.high[index]
+        labels = end.labels if index in measured.scattered else end.reads
         # Without a layer there is no bias that could stand for them, and two layers would need two: they must be zero.
         one_layer = bool(end.tensors) and len({module for module, _ in end.attributes}) < 2
-        wrong = spread if one_layer else torch.maximum(high[index].abs(), bottom.abs())
-        if bool((wrong > 1e-5 * high[index].abs().max().clamp_min(1e-12)).any()) and labels is not None:
+        wrong = high - bottom if one_layer else torch.maximum(high.abs(), bottom.abs())
+        if bool((wrong > 1e-5 * high.abs().max().clamp_min(1e-12)).any()) and labels is not None:
             owners |= _owners(graph, labels, np.flatnonzero(gone[of[labels]])[(wrong > 0).numpy()])
             where.append(end.layer)
     if owners:
         raise NotConstant(owners, ", ".join(dict.fromkeys(where)))
-    return {index: (low[index] + high[index]) / 2 for index in low}, weights
-
-
-def _look(
-    graph: ModelGraph,
-    gone: NDArrayBool,
-    wanted: dict[int, list[tuple[int, IntArray]]],
-    scattered: set[int],
-    seed: int,
-    weights: dict[int, Tensor],
-) -> list[tuple[int, Tensor]]:
-    """(end, values (channels, everything else)) of every wanted end, on noise."""
-    seen: list[tuple[int, Tensor]] = []
-    kept_only = over_kept(graph, gone)
-
-    def action(number: int) -> Action:
-        def look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            for index, places in wanted[number]:
-                if index not in scattered:
-                    end = graph.ends[index]
-                    if end.computed:
-                        weights[index] = _weight_of(end, args)
-                    seen.append((index, _channels(args[end.reads_argument], end.reads_axis, places)))
-            run = kept_only.get(number)
-            result = run(func, args, kwargs) if run is not None else func(*args, **kwargs)
-            for index, places in wanted[number]:
-                if index in scattered:
-                    first = result if isinstance(result, Tensor) else result[0]
-                    axis = -1 if "mm" in graph.trace.ops[number].name else 1
-                    seen.append((index, _channels(first, axis, places)))
-            return result
-
-        return look
-
-    replay(graph.model, graph.trace, random_like(graph.example, seed), {**kept_only, **{n: action(n) for n in wanted}})
-    return seen
+    return {index: (low + measured.high[index]) / 2 for index, low in measured.low.items()}
 
 
 def _weight_of(end: End, args: tuple[Any, ...]) -> Tensor:
@@ -105,7 +120,7 @@ def _weight_of(end: End, args: tuple[Any, ...]) -> Tensor:
 
 def _channels(value: Tensor, axis: int, places: IntArray) -> Tensor:
     chosen = value.detach().index_select(axis, torch.from_numpy(places).to(value.device))
-    return chosen.movedim(axis, 0).flatten(1).double().cpu()
+    return chosen.movedim(axis, 0)
 
 
 def push_through(
@@ -129,9 +144,9 @@ def push_through(
     if not convolution and not isinstance(layer, nn.Linear):
         raise NotConstant(_owners(graph, end.reads, removed), f"{end.layer} ({type(layer).__name__})")
     groups = layer.groups if convolution else 1
-    # Every output channel sees the constants of its own group's inputs.
-    seen = full.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
-    taps = (weight * seen.view(*seen.shape, *[1] * (weight.dim() - 2))).sum(1)
+    # Every output channel sees the constants of its own group's inputs: (groups, C_out / groups, C_in / groups, taps).
+    parts = weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel())
+    taps = torch.einsum("goit,gi->got", parts, full.view(groups, -1)).reshape(-1, *weight.shape[2:])
     padded = convolution and layer.padding not in ("valid", (0,) * len(layer.kernel_size))
     if convolution and padded and layer.padding_mode != "zeros":
         # Padding that repeats the image repeats the constant too, which the adapter's map does not.

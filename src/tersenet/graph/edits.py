@@ -7,7 +7,6 @@ make a model larger or touch anything but its tensors' axes and its integer size
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -59,10 +58,13 @@ def parse_indices(value: object, budget: Budget | None = None) -> tuple[int, ...
                 budget.take(stop - start)
             indices.extend(range(start, stop))
         return tuple(indices)
-    indices = [int(i) for i in np.asarray(value).reshape(-1)]
-    if any(b <= a for a, b in itertools.pairwise(indices)) or (indices and indices[0] < 0):
+    try:
+        array = np.asarray(value, dtype=np.int64).reshape(-1)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"indices must be integers ({error})") from None
+    if (np.diff(array) <= 0).any() or (array[:1] < 0).any():
         raise ValueError("indices must be increasing and not negative")
-    return tuple(indices)
+    return tuple(array.tolist())
 
 
 def _budget(info: ValidationInfo) -> Budget | None:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.errors import GraphError
+from tersenet.graph.choices import Choice, Choices
 from tersenet.nn.adapter import ChannelAdapter
 
 _aten = torch.ops.aten
@@ -78,17 +80,29 @@ class Op:
 
 @dataclass
 class Trace:
-    """What ran. `inputs` are the example's tensors in order, `outputs` the result with `Ref`s for tensors."""
+    """What ran. `inputs` are the example's tensors in order, `outputs` the result with `Ref`s for tensors. `choices`
+    are those that were made by values or of constants; those by values begin at the operator `chosen_from`."""
 
     ops: list[Op] = field(default_factory=list[Op])
     slots: list[Slot] = field(default_factory=list[Slot])
     inputs: tuple[int, ...] = ()
     outputs: Any = None
+    choices: list[Choice] = field(default_factory=list[Choice])
+    chosen_from: int | None = None
 
     @property
     def parameters(self) -> set[str]:
         """Canonical names of the parameters and buffers that were used."""
         return {slot.parameter for slot in self.slots if slot.parameter is not None}
+
+    @cached_property
+    def readers(self) -> dict[Ref, list[Op]]:
+        """Tensor -> the operators that read it."""
+        found: dict[Ref, list[Op]] = {}
+        for op in self.ops:
+            for ref in dict.fromkeys(refs_in([op.args, op.kwargs])):
+                found.setdefault(ref, []).append(op)
+        return found
 
 
 @contextmanager
@@ -124,11 +138,25 @@ def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     Raises:
         GraphError: the network does not run on the example, with the line of the user's code where that was seen.
     """
-    recorder = _Recorder(model, example)
     try:
-        with running(model), recorder:
+        return _traced(model, example, never_nothing=True)
+    except _Invented:
+        return _traced(model, example, never_nothing=False)
+
+
+class _Invented(Exception):
+    """The network failed after a choice of nothing was made one of something."""
+
+
+def _traced(model: nn.Module, example: tuple[Any, ...], never_nothing: bool) -> Trace:
+    choices = Choices(tensors_in(example), never_nothing=never_nothing)
+    recorder = _Recorder(model, example, choices)
+    try:
+        with running(model), choices, recorder:
             output = model(*example)
     except Exception as error:
+        if choices.filled:
+            raise _Invented from error
         raise GraphError(
             f"{type(model).__name__} can't be traced{user_line(error)}: {first_line(error)}. The example input has "
             f"shape {[tuple(x.shape) for x in example if isinstance(x, Tensor)]}; check it, and that the network and "
@@ -160,10 +188,15 @@ def children(value: Any) -> list[Any]:
     return list(vars(value).values()) if hasattr(value, "__dataclass_fields__") else []
 
 
+def refs_in(value: Any) -> list[Ref]:
+    """All tensors in an operator's arguments or in a trace's outputs."""
+    return [value] if isinstance(value, Ref) else [ref for item in children(value) for ref in refs_in(item)]
+
+
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, example: tuple[Any, ...], choices: Choices) -> None:
         super().__init__()
-        self.found = Trace()
+        self.found = Trace(choices=choices.made)
         self._names = canonical_names(model)
         self._paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
         self._slots: dict[int, int] = {}
@@ -174,6 +207,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.found.chosen_from is None and any(choice.by_values for choice in self.found.choices[-1:]):
+            self.found.chosen_from = len(self.found.ops)
         if func in SAME:
             self._slots[id(result)] = self._slot(args[0])
             self._alive.append(result)

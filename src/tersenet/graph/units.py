@@ -103,9 +103,8 @@ def _signatures(ends: list[End], of: IntArray, frozen: IntArray) -> IntArray:
     signature = frozen.copy()
     for end in ends:
         units, times = np.unique(of[end.labels], return_counts=True)
-        table = np.stack([signature[units], times])
-        _, inverse = np.unique(table, axis=1, return_inverse=True)
-        signature[units] = signature.max() + 1 + inverse.reshape(-1)
+        _, inverse = np.unique(signature[units] * (times.max() + 1) + times, return_inverse=True)
+        signature[units] = signature.max() + 1 + inverse
     return signature
 
 
@@ -149,9 +148,10 @@ def _groups(
 
 def _places(axis_units: IntArray, units: IntArray) -> IntArray:
     """(units, k) indices along an axis at which each unit lies."""
-    rank = {int(unit): i for i, unit in enumerate(units)}
-    at = np.array([rank.get(int(u), -1) for u in axis_units])
-    indices = np.flatnonzero(at >= 0)
+    order = np.argsort(units)
+    found = np.searchsorted(units, axis_units, sorter=order).clip(max=len(units) - 1)
+    at = order[found]
+    indices = np.flatnonzero(units[at] == axis_units)
     return indices[np.argsort(at[indices], kind="stable")].reshape(len(units), -1)
 
 
