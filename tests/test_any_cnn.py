@@ -92,8 +92,9 @@ def row(network: str, macs: int, **ours: Any) -> dict[str, Any]:
     found = {"before": {"macs": 100}, "after": {"macs": macs}, "attention": False, "norms": False, "free": 0.5}
     return {
         "network": network,
-        "ours": {**found, "trace": [1.0, 2.0], "prune": [0.5, 1.0], "frozen": [], **ours},
-        "peer": {"result": "ok", "prune": [3.0, 4.0], "after": {"macs": 25}, "exact": True},
+        "ours": {**found, "frozen": [], **ours},
+        "peer": {"result": "ok", "after": {"macs": 25}, "exact": True},
+        "times": {"ours_s": 1.5, "peer_s": 3.0, "ratio": 0.4},
     }
 
 
@@ -104,13 +105,14 @@ def test_the_page_counts_compares_and_gives_reasons(part: Any) -> None:
         row("timm:b", 60, result="exact", error=2e-15, frozen=frozen),
         row("timm:c", 25, result="refused", reason="Net does not run with fewer channels (at net.py:3): 12 | 13"),
     ]
+    del rows[2]["times"]
     text = part("page").render({"networks": rows, "environment": {"torch": "2"}})
     assert "| all | 3 | 2 | 0 | 1 | 0 | 3 | 3 |" in text
-    assert "Networks that both do: 2. Seconds, median (largest): tersenet 1.50 (1.5), Torch-Pruning 3.00 (3.0)." in text
+    assert "Networks that both do: 2. Seconds, median (largest): tersenet 1.50 (1.5), Torch-Pruning 3.00 (3.0)" in text
     assert "median of 2 exact: 0.425; at most 0.30 in 1" in text
     assert "| 1 | refused: it does not run with fewer channels: N \\| N | c |" in text
     assert "| 1 | aten.sort.default is not understood | b |" in text
-    assert "| timm:b | exact | 2e-15 | 50% | 0.60 |  | 1.5 | ok | yes | 0.25 | 3.0 | aten.sort.default is not" in text
+    assert "| timm:b | exact | 2e-15 | 50% | 0.60 | 0.40 | 1.5 | ok | yes | 0.25 | 3.0 | aten.sort.default is" in text
 
 
 def test_a_difference_is_relative_to_each_output_and_never_of_nothing(part: Any) -> None:

@@ -1,7 +1,7 @@
 """The scoreboard: which networks can be pruned to half of their channels, and is the result right?
 
-    python -m benchmarks.any_cnn PROGRESS.jsonl            tersenet and Torch-Pruning; about two hours
-    python -m benchmarks.any_cnn PROGRESS.jsonl --latency  and the times of the pruned networks, on a quiet machine
+    python -m benchmarks.any_cnn PROGRESS.jsonl          what tersenet and Torch-Pruning can prune; about an hour
+    python -m benchmarks.any_cnn PROGRESS.jsonl --times  and times, on a quiet machine; about an hour more
 
 From the repository's root, with torchvision, timm and torch-pruning installed. What stands in the progress file is not
 done again; at the end any_cnn.json (beside this file) and docs/any_cnn.md are written from it.
@@ -15,17 +15,17 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.any_cnn import latency, networks, ours, page, peer, progress
+from benchmarks.any_cnn import networks, ours, page, peer, progress, times
 from benchmarks.any_cnn.child import watched
 from torch import nn
 
 from tersenet.environment import environment, installed
 from tersenet.models.torchvision_cpu import ready
 
-TOOLS = {"ours": ours.prune, "peer": peer.prune, "latency": latency.prune}
 HERE = Path(__file__).parent
 
 
@@ -34,13 +34,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the network at work is ended too
     warm_up()
     names = networks.all_networks()
-    tools = ["ours", "peer", *(["latency"] if options.latency else [])]
+    tools = ["ours", "peer", *(["times"] if options.times else [])]
     done = progress.read(options.progress)
     for name, tool in progress.missing(networks.chosen(names, options.only), tools, done, options.again):
-        if tool == "latency" and done.get((name, "ours"), {}).get("result") != "exact":
+        if tool == "times" and done.get((name, "ours"), {}).get("result") != "exact":
             continue
+        fine = done.get((name, "peer"), {}).get("result") == "ok"
+        find = {"ours": ours.prune, "peer": peer.prune, "times": partial(times.prune, peer=fine)}[tool]
         began = time.perf_counter()
-        found = watched(TOOLS[tool], name, options.seconds, options.memory)
+        found = watched(find, name, options.seconds, options.memory)
         done[name, tool] = found
         progress.append(options.progress, name, tool, found)
         print(f"{name} {tool}: {found.get('result')} ({time.perf_counter() - began:.0f} s)", flush=True)
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("progress", type=Path, help="JSON-lines file of what is done, made if it is not there")
     parser.add_argument("--only", help="glob of networks, such as 'timm:*' or 'resnet*'")
     parser.add_argument("--again", help="glob of networks to do once more, such as '*swin*'")
-    parser.add_argument("--latency", action="store_true", help="measure times too")
+    parser.add_argument("--times", action="store_true", help="measure times too")
     parser.add_argument("--seconds", type=float, default=120, help="limit on every step of a network (120)")
     parser.add_argument("--memory", type=float, default=6, help="GiB that one network may take (6)")
     return parser

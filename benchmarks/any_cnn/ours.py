@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.any_cnn.subjects import Subject, build, cost, difference, outputs, traits
-from benchmarks.any_cnn.timing import Clock
 from torch import Tensor
 
 from tersenet.errors import TersenetError
@@ -54,27 +53,23 @@ def prune(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _pruned(subject: Subject) -> Iterator[dict[str, Any]]:
-    clock = Clock()
     graph = ModelGraph(subject.model, subject.example(subject.small))
     groups = graph.groups
-    yield {"trace": clock.lap(), **frozen(graph)}
+    yield frozen(graph)
     if all(g.frozen for g in groups):
         raise TersenetError("nothing can be removed")
     kept = weakest_removed(graph)
-    chosen = clock.lap()
-    # Noted before `compact` changes the graph, and outside the clock.
+    # Noted before `compact` changes the graph.
     masks = Masks(subject.name, cuts(graph, kept), graph.trace, over_kept(graph, graph.removed(kept)))
     shapes = {name: tensor.shape for name, tensor in subject.model.state_dict().items()}
-    clock.lap()
     done = compact(graph, kept, constants="auto")
-    yield {"prune": [a + b for a, b in zip(chosen, clock.lap(), strict=True)], "silenced": len(done.zeroed)}
+    yield {"silenced": len(done.zeroed)}
     after = cost(subject)
-    clock.lap()
     yield {"after": {key: after[key] for key in ("macs", "params")}}
     error = check(subject, masks, done.zeroed)
     changed = any(shapes.get(name) != tensor.shape for name, tensor in subject.model.state_dict().items())
     result = "nothing removed" if not changed else "exact" if error <= EXACT else "different"
-    yield {"error": error, "kept_statistics": len(masks.statistics), "check": clock.lap(), "result": result}
+    yield {"error": error, "kept_statistics": len(masks.statistics), "result": result}
 
 
 def weakest_removed(graph: ModelGraph) -> Kept:

@@ -29,7 +29,9 @@ Torch-Pruning gets the same weights: **ok** means that a forward pass runs, **ex
 masked network does (with statistics over all channels: where a norm takes such, the comparison does not hold).
 
 MACs are counted by torch's flop counter at the network's own input size. Seconds are processor time of tracing,
-grouping, choosing and removing, tersenet's own equality check included. Written by `python -m benchmarks.any_cnn`; do
+grouping, choosing and removing, tersenet's own equality check included, both tools in turns; there both remove the
+channels with their norms' scales and biases. Time left is that of a forward pass in float32, batch 1, one thread.
+Written by `python -m benchmarks.any_cnn`; do
 not edit.
 """
 
@@ -45,11 +47,6 @@ def cause(reason: str) -> str:
     reason = re.sub(r" in \S+ \(\S+:\d+\)| \(\S+:\d+\)| \(at \S+:\d+\)", "", reason)
     reason = re.sub(r"^\S+ (can't be traced|does not run)", r"it \1", reason)
     return re.sub(r"\d+([.e+-]+\d+)*", "N", reason).split(". ")[0]
-
-
-def seconds(found: Row) -> float:
-    """Processor seconds from the network to the pruned one."""
-    return sum(found[part][0] for part in ("trace", "prune") if part in found)
 
 
 def macs_left(row: Row, tool: str) -> float | None:
@@ -93,18 +90,21 @@ def _totals(rows: list[Row]) -> str:
 def _both(rows: list[Row]) -> str:
     """Times over the networks that both tools can do, and what is left over all that are exact."""
     lines: list[str] = []
-    both = [row for row in rows if _ours(row, "exact") and _peer_ok(row)]
+    timed = [row["times"] for row in rows if "ours_s" in row.get("times", {})]
+    both = [times for times in timed if "peer_s" in times]
     if both:
-        ours, theirs = ([seconds(row[tool]) for row in both] for tool in ("ours", "peer"))
+        ours, theirs = ([times[key] for times in both] for key in ("ours_s", "peer_s"))
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         lines.append(
             f"Networks that both do: {len(both)}. Seconds, median (largest): tersenet {median(ours):.2f} "
-            f"({max(ours):.1f}), Torch-Pruning {median(theirs):.2f} ({max(theirs):.1f})."
+            f"({max(ours):.1f}), Torch-Pruning {median(theirs):.2f} ({max(theirs):.1f}); median of the ratios "
+            f"{median(ratios):.2f}. All that tersenet does: largest {max(times['ours_s'] for times in timed):.1f}."
         )
     left = [share for row in rows if _ours(row, "exact") and (share := macs_left(row, "ours")) is not None]
     if left:
         few = sum(share <= FEW_MACS for share in left)
         lines.append(f"MACs left, median of {len(left)} exact: {median(left):.3f}; at most {FEW_MACS:.2f} in {few}.")
-    ratios = [row["latency"]["ratio"] for row in rows if "ratio" in row.get("latency", {})]
+    ratios = [row["times"]["ratio"] for row in rows if "ratio" in row.get("times", {})]
     if ratios:
         lines.append(f"Time of a forward pass left, batch 1, median of {len(ratios)}: {median(ratios):.2f}.")
     return "\n".join(lines) + "\n"
@@ -150,12 +150,12 @@ def _networks(rows: list[Row]) -> str:
                 _number(ours.get("error"), ".0e"),
                 _number(ours.get("free"), ".0%"),
                 _number(macs_left(row, "ours"), ".2f"),
-                _number(row.get("latency", {}).get("ratio"), ".2f"),
-                _number(seconds(ours) or None, ".1f"),
+                _number(row.get("times", {}).get("ratio"), ".2f"),
+                _number(row.get("times", {}).get("ours_s"), ".1f"),
                 peer.get("result"),
                 {True: "yes", False: "no"}.get(peer.get("exact"), ""),
                 _number(macs_left(row, "peer"), ".2f"),
-                _number(seconds(peer) or None, ".1f"),
+                _number(row.get("times", {}).get("peer_s"), ".1f"),
                 _remark(row),
             )
         )

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from benchmarks.any_cnn.ours import EXACT, RATE, one_line
 from benchmarks.any_cnn.subjects import Subject, build, cost, difference, outputs
-from benchmarks.any_cnn.timing import Clock
 from torch import Tensor, nn
 
 
@@ -17,7 +16,7 @@ def prune(name: str) -> Iterator[dict[str, Any]]:
     thing, as far as the kept channels can be found again by the values of the weights."""
     subject = build(name)
     try:
-        yield {"prune": _prune(subject)}
+        remove_half(subject)
         outputs(subject.model, subject.example(subject.small))
     except Exception as error:
         yield {"result": "failed", "reason": one_line(error)}
@@ -31,10 +30,9 @@ def prune(name: str) -> Iterator[dict[str, Any]]:
         yield {"unchecked": one_line(error)}
 
 
-def _prune(subject: Subject) -> list[float]:
+def remove_half(subject: Subject) -> None:
     import torch_pruning as tp
 
-    clock = Clock()
     pruner = tp.pruner.BasePruner(
         subject.model,
         subject.example(subject.small),
@@ -43,7 +41,6 @@ def _prune(subject: Subject) -> list[float]:
         ignored_layers=class_layers(subject),
     )
     pruner.step()
-    return clock.lap()
 
 
 def class_layers(subject: Subject) -> list[nn.Module]:
