@@ -9,13 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tersenet.api import Result, compress, evaluate, export, load, measure, save
+    from tersenet.api import Result, compress, evaluate, export, load, measure, save, sensitivity
     from tersenet.errors import ArtifactError, GraphError, TersenetError
     from tersenet.graph.model import ModelGraph
     from tersenet.recipe import Recipe
 
 _HOMES = {
-    **dict.fromkeys(("Result", "compress", "evaluate", "export", "load", "measure", "save"), "tersenet.api"),
+    **dict.fromkeys(
+        ("Result", "compress", "evaluate", "export", "load", "measure", "save", "sensitivity"), "tersenet.api"
+    ),
     **dict.fromkeys(("ArtifactError", "GraphError", "TersenetError"), "tersenet.errors"),
     "ModelGraph": "tersenet.graph.model",
     "Recipe": "tersenet.recipe",
@@ -34,6 +36,7 @@ __all__ = [
     "load",
     "measure",
     "save",
+    "sensitivity",
 ]
 
 

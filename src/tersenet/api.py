@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,14 +19,20 @@ from tersenet.errors import TersenetError
 from tersenet.exporting import artifact
 from tersenet.exporting.onnx import export_onnx
 from tersenet.exporting.program import export_program
-from tersenet.graph.record import record_of
+from tersenet.graph.copies import copied
+from tersenet.graph.model import random_like
+from tersenet.graph.record import InputSpec, input_of, record_of
 from tersenet.measuring.measure import measure as measure_network
 from tersenet.methods.base import TrainingMethod
-from tersenet.models.open import Source
+from tersenet.models.open import Source, example_of
+from tersenet.models.usable import check_usable, unwrapped
 from tersenet.pipeline import Pipeline, preview, quiet, request_of
 from tersenet.recipe import Recipe, load_recipe
 from tersenet.results import Accuracy, Measures, Report
 from tersenet.run import Run
+from tersenet.search.result import Sensitivity
+from tersenet.search.sensitivity import analyse
+from tersenet.search.settings import RATES, SAMPLES, Settings
 from tersenet.train import distributed
 from tersenet.train.evaluate import evaluate as evaluate_network
 
@@ -61,6 +66,8 @@ def compress(
     on_event: Callable[[dict[str, Any]], None] = quiet,
     command: str | None = None,
     base: str | None = None,
+    example: Any = None,
+    input_shape: Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> Result:
     """Carry out a recipe on a network.
 
@@ -78,6 +85,9 @@ def compress(
         fresh: remove what an earlier run left in `out`.
         dry_run: only what would be removed; no data is read and nothing is written.
         base: for a saved folder whose network started as your own: the `package.module:function` that makes it.
+        example: for your own network, where no data says it: what its forward takes, a tensor (N, ...) or a tuple of
+            them. Only shapes and types count; they are saved with the network.
+        input_shape: the same for floating point numbers, without the batch axis: (3, 64, 64), or a list of such.
 
     Raises:
         TersenetError: anything in the arguments that can't be used; nothing has been changed then.
@@ -99,8 +109,12 @@ def compress(
     what = model if model is not None else settings.model
     if what is None:
         raise TersenetError(f"recipe {settings.name!r} names no model: give one")
-    what = copy.deepcopy(what) if isinstance(what, nn.Module) else what
-    source = Source(what, settings.weights, tuple(settings.model_arguments.items()), base)
+    if isinstance(what, nn.Module):
+        what = unwrapped(what)
+        check_usable(what, inputs=None)
+        what = copied(what)
+    inputs = _inputs(example, input_shape)
+    source = Source(what, settings.weights, tuple(settings.model_arguments.items()), base, inputs)
     given = settings.data if data is None or isinstance(data, str) else data
     if dry_run:
         return Result(*preview(settings, source, _device(device), *_shape_and_classes(given)))
@@ -131,7 +145,7 @@ def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
     Raises:
         ArtifactError: not a saved network, damaged, or forged.
     """
-    return artifact.load(Source(str(folder)).folder or folder, base)
+    return artifact.load(Source(str(folder)).folder or folder, None if base is None else unwrapped(base))
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -141,7 +155,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 def measure(model: nn.Module, example: Any) -> Measures:
     """Parameters, MACs (1 = one multiply-add of a conv or linear layer), bytes, latency, peak memory for `example`."""
-    return measure_network(model, example)
+    return measure_network(unwrapped(model), example)
 
 
 def export(model: nn.Module, path: str | Path, example: Any) -> Path:
@@ -152,7 +166,7 @@ def export(model: nn.Module, path: str | Path, example: Any) -> Path:
         GraphError: the network can't be exported, or what was exported gives other outputs.
     """
     write = export_onnx if Path(path).suffix == ".onnx" else export_program
-    return write(model, path, example if isinstance(example, tuple) else (example,))
+    return write(unwrapped(model), path, example if isinstance(example, tuple) else (example,))
 
 
 def evaluate(
@@ -180,15 +194,108 @@ def evaluate(
         return evaluate_network(network, bundle.test, device=on, loss=bundle.loss, metric=bundle.metric)
 
 
+def sensitivity(
+    model: str | nn.Module,
+    data: Any,
+    *,
+    rates: Iterable[float] = RATES,
+    importance: str = "l1",
+    samples: int = SAMPLES,
+    split: str | None = None,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    residual: Literal["independent", "coupled"] = "coupled",
+    weights: str | Path | None = None,
+    base: str | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    fresh: bool = False,
+    on_event: Callable[[dict[str, Any]], None] = quiet,
+    command: str | None = None,
+) -> Sensitivity:
+    """Accuracy against pruning rate, one layer at a time, on a network that is not changed.
+
+    Args:
+        model: as for `compress`; a module is not changed.
+        data: as for `compress`.
+        rates: shares of a layer's channels that are set to zero, each at least 0 and below 1.
+        importance: the score of the method `magnitude` by which the weakest channels are told.
+        samples: images of the split that every point is evaluated on, the same ones each time.
+        split: `validation`, `train` or `test`. None: validation images, or training images where there are none;
+            rates chosen by test images would make the test useless.
+        include, exclude: layers, by pattern, as for `magnitude`. `residual` too.
+        out: the folder. The same call with the same folder goes on where it stopped. None: nothing is kept.
+        fresh: remove what an earlier analysis left in `out`.
+
+    Raises:
+        TersenetError: anything in the arguments that can't be used; nothing has been measured then.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TersenetError("sensitivity runs in one process: start it without torchrun")
+    if data is None:
+        raise TersenetError("sensitivity needs data to evaluate on: give some, such as --data digits")
+    lists = {"rates": rates, "include": include, "exclude": exclude}
+    for name, value in lists.items():
+        if isinstance(value, str):
+            raise TersenetError(f"{name} (={value!r}) must be a list, such as [{value!r}]")
+    settings = Settings(tuple(rates), importance, samples, split, tuple(include), tuple(exclude), residual, seed=seed)
+    what = model
+    if isinstance(model, nn.Module):
+        what = unwrapped(model)
+        check_usable(what, inputs=None)
+        what = copied(what)
+    source = Source(what, str(weights) if weights is not None else None, base=base)
+    return analyse(
+        source,
+        load_data(data, seed=seed, normalise=source.normalise),
+        settings,
+        device=_device(device),
+        out=Path(out) if out is not None else None,
+        fresh=fresh,
+        on_event=on_event,
+        command=command,
+    )
+
+
 def open_model(
-    model: str | nn.Module, weights: str | Path | None = None, base: str | None = None
+    model: str | nn.Module, weights: str | Path | None = None, base: str | None = None, inputs: InputSpec | None = None
 ) -> tuple[nn.Module, tuple[int, ...]]:
     """Any named network, and the (C, H, W) of its input."""
-    network = Source(model, str(weights) if weights is not None else None, base=base).open()
+    network = Source(model, str(weights) if weights is not None else None, base=base, inputs=inputs).open()
     record = record_of(network)
     if record is None:
         raise TersenetError(f"{model} could not be opened")
     return network, record.input.shape
+
+
+def open_example(
+    model: str,
+    weights: str | Path | None = None,
+    base: str | None = None,
+    *,
+    sizes: Sequence[Sequence[int]] = (),
+    batch: int = 1,
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Any named network, and a batch of noise for it: of what it was made for, or of `sizes` if there are any."""
+    network, _ = open_model(model, weights, base, _inputs(None, sizes or None))
+    return network, random_like(example_of(network, batch), seed=0)
+
+
+def _inputs(example: Any, shape: Sequence[int] | Sequence[Sequence[int]] | None) -> InputSpec | None:
+    if example is not None and shape is not None:
+        raise TersenetError("example and input_shape say the same thing: give one of them")
+    if shape is None:
+        return None if example is None else input_of(example)
+    try:
+        shapes = [tuple(one) if isinstance(one, Sequence) else one for one in shape]
+        first, *more = shapes if shapes and isinstance(shapes[0], tuple) else [tuple(shape)]
+        return InputSpec.model_validate({"shape": first, "more": [{"shape": one} for one in more]})
+    except (TypeError, ValueError) as error:
+        raise TersenetError(
+            f"input_shape (={shape!r}) must be the sizes of one input without the batch axis, such as (3, 64, 64), or "
+            "a list with one of these for each input"
+        ) from error
 
 
 def _shape_and_classes(data: Any) -> tuple[tuple[int, ...] | None, int | None]:

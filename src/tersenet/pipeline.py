@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -16,12 +15,14 @@ from torch import nn
 from tersenet.data.bundle import Data
 from tersenet.environment import environment
 from tersenet.exporting import artifact
+from tersenet.graph.copies import copied
 from tersenet.graph.model import ModelGraph
 from tersenet.measuring.latency import compare
 from tersenet.measuring.macs import LayerCost, layer_table
 from tersenet.measuring.measure import layer_rows, measure
 from tersenet.methods.base import Context, Method, TrainingMethod
 from tersenet.models.open import Source, example_of
+from tersenet.models.usable import check_usable
 from tersenet.nn.adapter import ChannelAdapter
 from tersenet.recipe import Recipe, dump
 from tersenet.recipe_target import Target
@@ -55,6 +56,7 @@ class Pipeline:
         torch.manual_seed(self.recipe.seed)
         data = self.data
         opened = self.source.open(data.shape, data.classes, data.normalise) if data is not None else self.source.open()
+        check_usable(opened, inputs=len(example_of(opened)))
         model = opened.to(self.device)
         methods = [step.method for step in self.recipe.steps]
         # A recipe of nothing but training compares with what came in.
@@ -80,7 +82,7 @@ class Pipeline:
 
     def _rehearse(self, model: nn.Module) -> None:
         """Every step's structural change on a copy: what can't be done is said now, not after hours of training."""
-        trial = copy.deepcopy(model)
+        trial = copied(model)
         before = self._measure(model, None)
         for step in self.recipe.steps:
             context = self._context(trial, before)
@@ -165,14 +167,14 @@ class Pipeline:
     def _teacher(self, model: nn.Module) -> nn.Module:
         """The uncompressed network; before the first compressing step, the one that is there."""
         if self.before is None:
-            return copy.deepcopy(model)
+            return copied(model)
         return self._load(self.run.folder / "before")
 
     def _save(self, model: nn.Module, folder: Path) -> None:
         on_first_rank(lambda: artifact.save(model, folder))
 
     def _load(self, folder: Path) -> nn.Module:
-        return artifact.load(folder, base=copy.deepcopy(self.base)).to(self.device)
+        return artifact.load(folder, base=None if self.base is None else copied(self.base)).to(self.device)
 
     def _log(self, row: dict[str, Any]) -> None:
         values = dict(row)
@@ -204,8 +206,10 @@ def preview(
     recipe: Recipe, source: Source, device: torch.device, shape: tuple[int, ...] | None, classes: int | None
 ) -> tuple[nn.Module, Report]:
     """What a run would remove: every step's structural change without its training, on whatever weights are there."""
-    model = source.open(shape, classes).to(device)
-    before_model = copy.deepcopy(model)
+    model = source.open(shape, classes)
+    check_usable(model, inputs=len(example_of(model)))
+    model.to(device)
+    before_model = copied(model)
     example = example_of(model)
     before = measure(model, example, latency=False)
     steps: list[StepResult] = []
@@ -246,6 +250,8 @@ def request_of(recipe: Recipe, source: Source, data: Data | None) -> dict[str, A
     """Everything that decides a run's result, for comparing with what a folder holds."""
     request: dict[str, Any] = {"model": source.name, "recipe": recipe.model_dump(mode="json")}
     request["data"] = data.name if data is not None else None
+    if source.inputs is not None:
+        request["inputs"] = source.inputs.model_dump(mode="json", include={"shape", "kind", "more"})
     request["weights"] = (source.fingerprint or "")[:16]
     return request
 

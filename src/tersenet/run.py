@@ -64,9 +64,9 @@ class Run:
         if mark.is_file():
             for file in _FILES:
                 atomic.remove_leftovers(self.folder, file)
-            known = _known(mark) if not fresh and _begun(self.folder) else None
+            known = read_request(mark) if not fresh and _begun(self.folder) else None
             if known is not None and known != _CLEARING:
-                _check(self.folder, known, request)
+                check_request(self.folder, known, request)
                 _drop_half_line(self.folder / "events.jsonl")
                 return
             _clear(self.folder)
@@ -162,7 +162,8 @@ def _clear(folder: Path) -> None:
                 path.rmdir()
 
 
-def _known(mark: Path) -> Any:
+def read_request(mark: Path) -> Any:
+    """What a folder was asked for. Raises: ArtifactError if the file is damaged."""
     try:
         return json.loads(mark.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
@@ -176,7 +177,8 @@ def _read(path: Path, kind: Any) -> Any:
         raise ArtifactError(f"{path} is damaged; start again with --fresh") from error
 
 
-def _check(folder: Path, known: Any, request: Any) -> None:
+def check_request(folder: Path, known: Any, request: Any) -> None:
+    """Raises: TersenetError that names what differs between the two requests."""
     differences = list(_differences(known, request))
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""

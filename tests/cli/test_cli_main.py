@@ -17,7 +17,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 COMMANDS = [
     ("compress",), ("train",), ("eval",), ("measure",), ("export",), ("report",), ("models",), ("doctor",),
-    ("data", "list"), ("data", "fetch"),
+    ("sensitivity",), ("data", "list"), ("data", "fetch"),
     ("recipe", "list"), ("recipe", "show"), ("recipe", "copy"), ("recipe", "check"), ("recipe", "schema"),
 ]  # fmt: skip
 

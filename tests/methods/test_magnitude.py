@@ -14,11 +14,13 @@ from torch import nn
 import tersenet as tn
 from graph_support import compare_on, randomise, reference
 from tersenet.errors import GraphError, TersenetError, UnknownNameError
+from tersenet.graph.compact import silence
 from tersenet.graph.model import ModelGraph
 from tersenet.measuring.macs import count_macs
 from tersenet.methods.base import Context
 from tersenet.methods.magnitude import Magnitude
 from tersenet.models.resnet_cifar import resnet_cifar
+from tersenet.nn.adapter import ChannelAdapter
 from tersenet.recipe_target import Target
 
 EXAMPLE = (torch.zeros(2, *SHAPE),)
@@ -62,15 +64,22 @@ def test_every_score_meets_a_target_and_repeats_itself(score: str, scope: str) -
     assert bool(images) == (score in ("taylor", "activation", "apoz"))
 
 
-def test_the_compact_network_is_the_masked_one() -> None:
+@pytest.mark.parametrize("constants", ["exact", "zero"])
+def test_the_compact_network_is_the_masked_one(constants: str) -> None:
     model = resnet().double()
     graph = ModelGraph(model, (EXAMPLE[0].double(),))
     context = context_of(graph)
-    settings = Magnitude(rate=0.4)
-    masked = reference(graph, settings._kept(graph, [g for g in graph.groups if g.frozen is None], context))
+    settings = Magnitude.model_validate({"rate": 0.4, "constants": constants})
+    groups = [g for g in graph.groups if g.frozen is None]
+    kept = settings._kept(graph, groups, context)
+    masked = reference(graph, kept)
+    if constants == "zero":
+        silent = ModelGraph(masked, graph.example)
+        for group in groups:
+            silence(silent, group, graph.removed(kept))
     settings.apply(graph, context)
-    assert not any("silenced" in note for note in context.notes)
     assert compare_on(masked, model, (torch.randn(3, *SHAPE, dtype=torch.float64),)) < 1e-10
+    assert (constants == "zero") != any(isinstance(m, ChannelAdapter) for m in model.modules())
 
 
 def test_nothing_removed_is_bit_exact() -> None:

@@ -113,6 +113,38 @@ def test_detection(name: str, arguments: dict[str, int], size: int, tmp_path: Pa
     assert all(torch.equal(own[key], other[key]) for key in own)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("fasterrcnn_resnet50_fpn", SMALL, 128),
+        ("keypointrcnn_resnet50_fpn", SMALL, 128),
+        ("maskrcnn_resnet50_fpn", SMALL, 128),
+        ("retinanet_resnet50_fpn", SMALL, 128),
+        ("fcos_resnet50_fpn", SMALL, 128),
+        ("ssd300_vgg16", {}, 300),
+        ("ssdlite320_mobilenet_v3_large", {}, 320),
+    ],
+)
+def test_whole_detectors(name: str, arguments: dict[str, int], size: int) -> None:
+    """As they are, from a list of images to boxes: nothing is frozen but what gives scores, boxes and masks."""
+    torch.manual_seed(0)
+    model = Source(f"torchvision:{name}", arguments=tuple(arguments.items())).open()
+    few_regions(model)
+    images = list(torch.rand(1, 3, size, size))
+    graph = ModelGraph(model, (images,))
+    frozen = sum(g.size for g in graph.groups if g.frozen)
+    assert frozen < 0.35 * sum(g.size for g in graph.groups)
+    kept = {g.name: np.arange(g.size // 2) for g in graph.groups if g.frozen is None and g.size > 1}
+    # For the boxes of the example: afterwards there may be more or fewer.
+    assert graph.macs(kept) < 0.6 * graph.macs()
+    done = compact(graph, kept)
+    assert done.equality.relative <= done.equality.tolerance
+    with torch.no_grad():
+        assert {"boxes", "scores", "labels"} <= model([torch.rand(3, size, size + 20)])[0].keys()
+    trained(model, list(torch.rand(2, 3, size, size)), targets(name, size))
+
+
 def test_a_part_shares_everything_and_changes_nothing() -> None:
     model = Source("torchvision:ssdlite320_mobilenet_v3_large").open()
     kind, names = type(model), list(model.state_dict())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersenet.models.torchvision_cpu import nms, ready
+from tersenet.models.torchvision_cpu import nms, ready, roi_align
 from zoo_support import needs
 
 
@@ -46,6 +46,40 @@ def test_nms_of_nothing_and_of_twins() -> None:
     assert nms(torch.zeros(0, 4), torch.zeros(0), 0.5).shape == (0,)
     twins = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]])
     assert nms(twins, torch.tensor([0.1, 0.9, 0.5]), 0.5).tolist() == [1, 2]
+
+
+def at(image: Tensor, y: float, x: float) -> float:
+    """The bilinear value at a point; zero more than one pixel outside."""
+    height, width = image.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return 0.0
+    y, x = min(max(y, 0.0), height - 1), min(max(x, 0.0), width - 1)
+    top, left = min(int(y), max(height - 2, 0)), min(int(x), max(width - 2, 0))
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    upper = image[top, left] * (1 - x + left) + image[top, right] * (x - left)
+    lower = image[bottom, left] * (1 - x + left) + image[bottom, right] * (x - left)
+    return float(upper * (1 - y + top) + lower * (y - top))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("size", [(5, 7), (1, 4)])
+def test_roi_align_point_by_point(aligned: bool, size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    maps = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
+    # Boxes of every kind: inside, over the border, far outside, smaller than a pixel; the maps in no order.
+    corners = torch.tensor([[2, 2, 9, 8], [-6, -8, 30, 20], [40, 40, 60, 50], [3, 3, 3.2, 3.1]], dtype=torch.float64)
+    rois = torch.cat([torch.tensor([[1.0], [0], [1], [0]], dtype=torch.float64), corners], 1)
+    found = roi_align(maps, rois, 0.5, 2, 3, 2, aligned)
+    assert found.shape == (4, 3, 2, 3)
+    for k, (number, *box) in enumerate(rois.tolist()):
+        x1, y1, x2, y2 = (c * 0.5 - (0.5 if aligned else 0) for c in box)
+        width, height = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1), max(y2 - y1, 1))
+        ys = [y1 + height * (i + 0.5) / 4 for i in range(4)]
+        xs = [x1 + width * (i + 0.5) / 6 for i in range(6)]
+        for channel, image in enumerate(maps[int(number)]):
+            points = torch.tensor([[at(image, y, x) for x in xs] for y in ys], dtype=torch.float64)
+            bins = points.unfold(0, 2, 2).unfold(1, 2, 2).mean((2, 3))
+            torch.testing.assert_close(found[k, channel], bins, rtol=1e-9, atol=1e-12)
 
 
 @needs("torchvision")

@@ -28,6 +28,8 @@ EXAMPLES = examples(
     "tersenet compress my_package.nets:make --recipe mine.yaml \\",
     "    --data my_package.data:loaders --target macs=50%",
     "",
+    "tersenet compress my_package.nets:make --recipe magnitude_once --input 3x64x64",
+    "",
     "torchrun --nproc-per-node 8 -m tersenet compress resnet50 \\",
     "    --recipe sfp_resnet50_imagenet --data imagefolder:DIR",
 )
@@ -49,6 +51,7 @@ def compress(
     data: options.OptionalData = None,
     weights: options.WeightsOption = None,
     base: options.BaseOption = None,
+    inputs: options.InputOption = None,
     target: Annotated[
         str | None,
         typer.Option("--target", metavar="BUDGET", help="macs=50%, macs=40M, params=0.3M: rates are solved from it."),
@@ -68,10 +71,12 @@ def compress(
     # The recipe's errors come at once; torch, which takes seconds, is imported after.
     from tersenet.recipe import load_recipe
 
+    sizes = options.input_sizes(inputs)
     checked = load_recipe(recipe, [*data_source(data), *(overrides or [])])
     settings = {"weights": weights, "target": target, "device": device, "seed": seed, "base": base}
     folder = None if dry_run else out or default_folder(checked, model)
-    run(model, checked, folder, as_json=as_json, dry_run=dry_run, fresh=fresh, **settings)
+    more = {"dry_run": dry_run, "fresh": fresh, "input_shape": sizes or None}
+    run(model, checked, folder, as_json=as_json, **more, **settings)
 
 
 def run(model: str | None, recipe: Recipe, out: Path | None, *, as_json: bool, **settings: Any) -> None:

@@ -9,7 +9,6 @@ import typer
 
 from tersenet.cli import options
 from tersenet.cli.console import examples, note_random_weights, show
-from tersenet.cli.measure import parse_shape
 from tersenet.errors import TersenetError
 
 EXAMPLES = examples(
@@ -23,25 +22,20 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .pt2 or .onnx.", show_default=False)],
     weights: options.WeightsOption = None,
     base: options.BaseOption = None,
-    shape: Annotated[
-        str | None, typer.Option("--input", metavar="CxHxW", help="Input size; by default the model's own.")
-    ] = None,
+    shapes: options.InputOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Write a network as an ExportedProgram (.pt2) or ONNX file, which run without tersenet and for any batch size.
 
     In Python: torch.export.load("OUT.pt2").module() gives a function of a batch of images.
     """
-    size = parse_shape(shape) if shape else None
+    sizes = options.input_sizes(shapes)
     if file.suffix not in (".pt2", ".onnx"):
         raise TersenetError(f"{file} must end in .pt2 (torch.export) or .onnx: these are the formats that are written")
-    import torch
-
     from tersenet import api
 
-    network, own = api.open_model(model, weights, base)
-    # A batch of 2: torch.export takes a size of 1 for a constant, and the file would then serve single images only.
-    api.export(network, file, torch.randn(2, *(size or own)))
+    network, example = api.open_example(model, weights, base, sizes=sizes, batch=2)
+    api.export(network, file, example)
     document = {"model": model, "file": str(file), "bytes": file.stat().st_size}
     note_random_weights(model, weights)
     show(document, lambda: f"{file} written, {document['bytes']:,} bytes", as_json)

@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from tersenet.cli import compress, console, data, doctor, evaluate, export, measure, models, recipe, report, train
+from tersenet.cli import (
+    compress,
+    console,
+    data,
+    doctor,
+    evaluate,
+    export,
+    measure,
+    models,
+    recipe,
+    report,
+    sensitivity,
+    train,
+    winograd,
+)
 from tersenet.cli.console import note
 from tersenet.errors import TersenetError
 
@@ -23,11 +37,13 @@ app.command(epilog=compress.EXAMPLES)(compress.compress)
 app.command(epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=measure.EXAMPLES)(measure.measure)
+app.command(epilog=sensitivity.EXAMPLES)(sensitivity.sensitivity)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=report.EXAMPLES)(report.report)
 app.add_typer(recipe.app, name="recipe")
 app.command(epilog=models.EXAMPLES)(models.models)
 app.add_typer(data.app, name="data")
+app.add_typer(winograd.app, name="winograd")
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 

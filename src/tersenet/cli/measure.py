@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tersenet.cli import options
 from tersenet.cli.console import columns, examples, note_random_weights, show
-from tersenet.errors import TersenetError
 
 if TYPE_CHECKING:
     from tersenet.measuring.macs import LayerCost
@@ -22,45 +20,32 @@ EXAMPLES = examples(
     "tersenet measure my_package.nets:make --input 3x224x224 --json",
 )
 
-_SHAPE = re.compile(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){2}")
-
 
 def measure(
     model: options.ModelArgument,
     weights: options.WeightsOption = None,
     base: options.BaseOption = None,
-    shape: Annotated[
-        str | None, typer.Option("--input", metavar="CxHxW", help="Input size; by default the model's own.")
-    ] = None,
+    shapes: options.InputOption = None,
     layers: Annotated[bool, typer.Option("--layers", help="One row per convolution and linear layer.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Parameters, MACs, bytes, peak memory and latency of one image."""
-    size = parse_shape(shape) if shape else None
-    import torch
-
+    sizes = options.input_sizes(shapes)
     from tersenet import api
     from tersenet.measuring.macs import layer_table
 
-    network, own = api.open_model(model, weights, base)
-    example = torch.randn(1, *(size or own))
+    network, example = api.open_example(model, weights, base, sizes=sizes)
     found = api.measure(network, example)
     table = layer_table(network, example) if layers else {}
     document = {
         "model": model,
-        "input": list(example.shape),
+        "input": list(example[0].shape),
+        **({"more_inputs": [list(x.shape) for x in example[1:]]} if len(example) > 1 else {}),
         **found.model_dump(mode="json"),
         **({"layers": {name: vars(cost) for name, cost in table.items()}} if layers else {}),
     }
     note_random_weights(model, weights)
     show(document, lambda: "\n\n".join(filter(None, (describe(found), _layers(table)))), as_json)
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """`3x32x32` as (3, 32, 32). Raises: TersenetError for anything else."""
-    if not _SHAPE.fullmatch(text):
-        raise TersenetError(f"--input {text} must be channels x height x width, such as 3x224x224")
-    return tuple(map(int, text.split("x")))
 
 
 def describe(found: Measures) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from tersenet.errors import TersenetError
 
 ModelArgument = Annotated[
     str,
@@ -46,3 +50,19 @@ DeviceOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Overrides the recipe's seed.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start again; without it a run goes on where it stopped.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; progress goes to stderr.")]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="CxHxW", help="Input size, by default the model's own; again for each more input."),
+]
+_SIZES = re.compile(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){1,4}")
+
+
+def input_sizes(given: Sequence[str] | None) -> list[tuple[int, ...]]:
+    """`3x32x32` as (3, 32, 32), one for every --input. Raises: TersenetError for anything else."""
+    for text in given or ():
+        if not _SIZES.fullmatch(text):
+            raise TersenetError(
+                f"--input {text} must be channels x height x width, such as 3x224x224 (or 8x1000, 1x16x64x64 for a "
+                "network of sequences or volumes)"
+            )
+    return [tuple(map(int, text.split("x"))) for text in given or ()]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersenet.graph.choices import repeating
 from tersenet.graph.labels import End, IntArray, NDArrayBool
 from tersenet.graph.model import ModelGraph, random_like
 from tersenet.graph.replay import Action, over_kept, replay
@@ -27,10 +28,11 @@ class NotConstant(Exception):
 
 @dataclass
 class Measured:
-    """What the masked network did on noise, twice: values that tell constants from others, and its outputs.
+    """What the masked network did on noise, twice if need be: values that tell constants from others, and its outputs.
 
     `low` and `high`: end -> the range (float64, one per removed channel) of what it reads, or of what a scatter point
-    emits. `weights`: those that an end reads with, where they are computed in forward. `seed` made the last input.
+    emits. `weights`: those that an end reads with, where they are computed in forward. `seed` made the last input, and
+    `read` is what was chosen from by values.
     """
 
     scattered: set[int]
@@ -38,6 +40,7 @@ class Measured:
     high: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     weights: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     outputs: list[list[Tensor]] = field(default_factory=list[list[Tensor]])
+    read: list[Tensor] = field(default_factory=list[Tensor])
     seed: int = 0
 
     def add(self, index: int, values: Tensor) -> None:
@@ -63,7 +66,12 @@ def measure(graph: ModelGraph, gone: NDArrayBool, scattered: set[int]) -> Measur
     actions = {number: _look(graph, measured, number, ends, kept_only.get(number)) for number, ends in wanted.items()}
     for measured.seed in (1, 2):
         inputs = random_like(graph.example, measured.seed)
-        measured.outputs.append(tensors_in(replay(graph.model, graph.trace, inputs, {**kept_only, **actions})))
+        choices = repeating(tensors_in(inputs), graph.trace.choices)
+        output = replay(graph.model, graph.trace, inputs, {**kept_only, **actions}, choices)
+        measured.outputs.append(tensors_in(output))
+        measured.read = getattr(choices, "read", [])
+        if not any(bool(edge.any()) for edge in [*measured.low.values(), *measured.high.values()]):
+            break  # zero on other inputs too, or the proof will tell
     return measured
 
 

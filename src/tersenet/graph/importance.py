@@ -52,7 +52,7 @@ def unit_scores(group: ChannelGroup, ends: EndScores) -> Tensor:
 @torch.no_grad()
 def filter_scores(graph: ModelGraph, groups: Iterable[ChannelGroup], score: Callable[[Tensor], Tensor]) -> EndScores:
     """`score` of the filters, as rows of a (C, K) matrix, of every layer that makes channels of these groups."""
-    return {index: score(_rows(_weight(graph, end), end)) for index, end in _ends(graph, groups, "produce").items()}
+    return {index: score(_rows(_filters(graph, end), end)) for index, end in _ends(graph, groups, "produce").items()}
 
 
 def random_scores(graph: ModelGraph, groups: Iterable[ChannelGroup], seed: int) -> EndScores:
@@ -146,6 +146,14 @@ def _ends(graph: ModelGraph, groups: Iterable[ChannelGroup], role: str) -> dict[
 
 def _weight(graph: ModelGraph, end: End) -> Tensor:
     return graph.tensor(end.tensors[0])
+
+
+def _filters(graph: ModelGraph, end: End) -> Tensor:
+    """The weight as the layer uses it: `torch.nn.utils.prune` keeps it as `weight_orig` times `weight_mask`."""
+    owner, _, leaf = end.tensors[0].rpartition(".")
+    original = getattr(graph.model.get_submodule(owner), f"{leaf.removesuffix('_mask')}_orig", None)
+    weight = _weight(graph, end)
+    return weight * original if leaf.endswith("_mask") and isinstance(original, Tensor) else weight
 
 
 def _rows(weight: Tensor, end: End) -> Tensor:

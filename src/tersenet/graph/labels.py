@@ -69,12 +69,14 @@ class LayerUse:
 class Value:
     """An activation: its labels, and the ends that it came through last.
 
-    `weighs`: an attention map. What is added to it changes no channel that is zero behind it.
+    `weighs`: an attention map. What is added to it changes no channel that is zero behind it. `shifted`: one number was
+    added to all channels, so that a channel that was zero no longer is.
     """
 
     labels: Tensor
     origin: frozenset[int] = frozenset()
     weighs: bool = False
+    shifted: bool = False
 
 
 @dataclass
@@ -149,7 +151,7 @@ class Labeller:
         from tersenet.graph.rules import apply_rule
 
         for slot in self.trace.inputs:
-            self.values[slot] = self._input(self.trace.slots[slot])
+            self.values[slot] = self._input(slot)
         for op in self.trace.ops:
             source = self.get(op.args[0]) if op.args else None
             if isinstance(source, Value):
@@ -245,7 +247,12 @@ class Labeller:
             if known.reads is not None and end.reads is not None and len(known.reads) == len(end.reads):
                 self.merge(known.reads, end.reads)
             known.fed_by |= end.fed_by
-            known.uses += [use for use in end.uses if use not in known.uses]
+            if known.reads is None and end.reads is not None:
+                # Met before where the weight is computed (a pruning mask): what counts is the layer that reads with it.
+                known.reads, known.reads_axis, known.reads_argument = end.reads, end.reads_axis, end.reads_argument
+                known.computed, known.uses = end.computed, list(end.uses)
+            elif known.reads is None or end.reads is not None:
+                known.uses += [use for use in end.uses if use not in known.uses]
             known.attributes += tuple(a for a in end.attributes if a not in known.attributes)
             return self._end_index[key]
         self._end_index[key] = len(self.out.ends)
@@ -269,12 +276,16 @@ class Labeller:
         }
         return Weight(slot.shape, axes, name, moved=True)
 
-    def _input(self, slot: Slot) -> Value:
-        if len(slot.shape) < 2:
-            return Value(torch.zeros(1, dtype=torch.long).expand(slot.shape))
-        labels = self.fresh(slot.shape[1])
+    def _input(self, number: int) -> Value:
+        shape = self.trace.slots[number].shape
+        if len(shape) < 2:
+            return Value(torch.zeros(1, dtype=torch.long).expand(shape))
+        listed = number in self.trace.images
+        axis = 0 if listed else 1
+        # Images of one list have the same channels: they are stacked.
+        labels = self.axis_labels("", shape[axis], shape[axis]) if listed else self.fresh(shape[axis])
         self.freeze(labels, "the network's input")
-        return Value(spread(labels, slot.shape))
+        return Value(spread(labels, shape, axis))
 
 
 def _held(value: Any) -> list[Tensor]:

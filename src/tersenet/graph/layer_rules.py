@@ -56,6 +56,12 @@ def _spatial(run: Labeller, op: Op) -> Any:
     return _results(op, Value(labels.expand(shape), value.origin))
 
 
+def _region_pool(run: Labeller, op: Op) -> Any:
+    """RoI align and RoI pooling, where torchvision's compiled ones run: channels of maps, averaged in boxes."""
+    run.freeze(run.get(op.args[1]), f"{describe(op)} takes it for boxes")
+    return _spatial(run, op)
+
+
 def _batch_norm(run: Labeller, op: Op) -> Any:
     value = run.get(op.args[0])
     refs = [a for a in op.args[1:5] if isinstance(a, Ref)]
@@ -213,6 +219,9 @@ def _pad(run: Labeller, op: Op) -> Any:
     shape = run.shape(op.result)
     axes = varying(value.labels)
     padded = [value.labels.dim() - 1 - i for i in range(len(amounts) // 2) if amounts[2 * i] or amounts[2 * i + 1]]
+    if value.shifted and padded:
+        # Behind a removed filter it is no channel of zeros, and at the border no constant.
+        run.freeze(value.labels, f"{describe(op)} pads channels to which one number was added")
     if not set(axes) & set(padded):
         return _spatial_pad(value, shape, axes)
     vector = axis_vector(value.labels, 1)
@@ -240,6 +249,7 @@ def _spatial_pad(value: Value, shape: tuple[int, ...], axes: list[int]) -> Value
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(SPATIAL, _spatial),
+    **dict.fromkeys(("roi_align", "roi_pool"), _region_pool),
     "convolution": _convolution,
     "native_batch_norm": _batch_norm,
     "cudnn_batch_norm": _batch_norm,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tersenet.errors import GraphError
+from tersenet.graph.copies import copied
 from tersenet.graph.edits import Edit
 from tersenet.graph.labels import End, IntArray, Labeller, Labelling, NDArrayBool, Residual
 from tersenet.graph.mend import Fixed
@@ -48,15 +48,23 @@ class ModelGraph:
 
     @cached_property
     def found(self) -> Labelling:
+        """The labels, with everything frozen that has to stay."""
+        if self.residual == "coupled":
+            return self._coupled[0]
         found = Labeller(self.model, self.trace, self.residual).run()
         for op, reason in self.fixed.stuck.items():
             found.freeze_around(self.trace.ops[op], reason)
         return found
 
-    @cached_property
+    @property
     def fixed(self) -> Fixed:
         """Sizes that are numbers in the network's code: attributes that have to shrink, and what can't."""
-        return find_fixed(self.model, self.example, self.trace)
+        return self._coupled[1]
+
+    @cached_property
+    def _coupled(self) -> tuple[Labelling, Fixed]:
+        found = Labeller(self.model, self.trace, "coupled").run()
+        return found, find_fixed(self.model, self.example, self.trace, found)
 
     @cached_property
     def units(self) -> Units:
@@ -94,14 +102,7 @@ class ModelGraph:
         Raises:
             GraphError: a model that holds what can't be copied.
         """
-        try:
-            # What deepcopy finds in its memo it does not copy.
-            memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-            return ModelGraph(copy.deepcopy(self.model, memo), self.example, self.residual)
-        except Exception as error:
-            raise GraphError(
-                f"{type(self.model).__name__} can't be copied, which is needed to try a change out: {error}"
-            ) from error
+        return ModelGraph(copied(self.model, shared), self.example, self.residual)
 
     def apply(self, edit: Edit) -> None:
         """Change the network, and write it down. What was traced before is forgotten.
@@ -112,7 +113,7 @@ class ModelGraph:
         edit.replay(self.model)
         self.record = self.record.model_copy(update={"edits": (*self.record.edits, edit)})
         attach(self.model, self.record)
-        for name in ("trace", "found", "fixed", "units"):
+        for name in ("trace", "found", "_coupled", "units"):
             self.__dict__.pop(name, None)
 
     def removed(self, kept: Kept) -> NDArrayBool:

@@ -44,15 +44,67 @@ def move(run: Labeller, op: Op, arg: Any) -> list[Tensor] | None:
     if any(a is None and isinstance(b, Ref) for a, b in zip(args, op.args, strict=True)):
         return None
     if op.name == "index":
-        where = [None if i is None else _real(run, i) for i in op.args[1]]
-        if any(i is None and ref is not None for i, ref in zip(where, op.args[1], strict=True)):
+        where = _where(run, op.args[1], args[0])
+        if where is None:
             return None
         args[1] = where
     if op.name in _VIEWS:
         result: Any = args[0].reshape(run.shape(op.result))
+    elif op.name == "index":
+        result = op.func(*args).expand(run.shape(op.result))
     else:
         result = op.func(*args, **kwargs)
     return [slim(r) for r in (result if isinstance(result, (list, tuple)) else [result])]
+
+
+def _where(run: Labeller, indices: list[Any], labels: Tensor) -> list[Any] | None:
+    """The indices with which labels are taken. Along axes on which the labels don't change, any place does, also where
+    the network chooses by values. None: an axis of channels is indexed by what the network computes."""
+    where: list[Any] = []
+    axis = 0
+    axes = varying(labels)
+    for ref in indices:
+        if ref is None:
+            where.append(None)
+            axis += 1
+            continue
+        slot = run.slot(ref)
+        content = _real(run, ref)
+        rank = len(slot.shape)
+        mask = slot.mask and rank > 0
+        taken = range(axis, axis + (rank if mask else 1))
+        axis = taken.stop
+        if set(taken) & set(axes):
+            if content is None:
+                return None
+            where.append(content)
+        else:
+            where += [torch.zeros([1] * (1 if mask else rank), dtype=torch.long)] * len(taken)
+    return where
+
+
+def _index_put(run: Labeller, op: Op) -> Any:
+    """Rows written into a tensor at places on its first axes: the channels, on the others, are the same in both."""
+    target, rows, indices = run.get(op.args[0]), run.get(op.args[2]), op.args[1]
+    if not isinstance(rows, Value) or isinstance(target, Weight) or None in indices:
+        return run.refuse(op, f"{describe(op)} writes in a way that is not understood")
+    shape = run.shape(op.result)
+    taken = sum(len(run.shape(ref)) if run.slot(ref).mask else 1 for ref in indices)
+    rest = len(shape) - taken
+    labels = rows.labels
+    if any(axis < labels.dim() - rest for axis in varying(labels)):
+        return run.refuse(op, f"{describe(op)} writes channels to places")
+    while labels.dim() > rest:
+        labels = labels.narrow(0, 0, 1).squeeze(0)
+    labels = slim(labels.expand(shape))
+    origin = rows.origin
+    if isinstance(target, Value):
+        axes = varying(labels)
+        if varying(target.labels) != axes:
+            return run.refuse(op, f"{describe(op)} writes channels into what has other ones")
+        run.merge(array_of(target.labels, axes).reshape(-1), array_of(labels, axes).reshape(-1))
+        origin |= target.origin
+    return Value(labels, origin)
 
 
 def _open(arg: Any, labels_of: Any) -> Any:
@@ -81,8 +133,8 @@ def _movement(run: Labeller, op: Op) -> Any:
     if isinstance(value, Value):
         moved = _regroup(run, op, value.labels, moved)
     origin = frozenset[int]().union(*(v.origin for v in values))
-    weighs = any(v.weighs for v in values)
-    results = [Value(labels, origin, weighs) for labels in moved]
+    weighs, shifted = (any(getattr(v, name) for v in values) for name in ("weighs", "shifted"))
+    results = [Value(labels, origin, weighs, shifted) for labels in moved]
     return results if isinstance(op.result, list) else results[0]
 
 
@@ -237,6 +289,7 @@ def _folded(run: Labeller, op: Op) -> Any:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVEMENT, _movement),
     "cat": _cat,
+    "index_put": _index_put,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _unfolded,
     "im2col": _unfolded,

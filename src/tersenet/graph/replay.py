@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.errors import GraphError
+from tersenet.graph.choices import Choice, Choices, repeating
 from tersenet.graph.labels import NDArrayBool
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.precision import full_float32
-from tersenet.graph.trace import SAME, Trace, running, same_operator
+from tersenet.graph.trace import SAME, Trace, running, same_operator, tensors_in
 
 Action = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """What is done in place of an operator: it gets the function, its arguments and keyword arguments."""
@@ -43,10 +47,19 @@ class _Replay(TorchDispatchMode):
         return action(func, tuple(args), kwargs or {})
 
 
-def replay(model: nn.Module, trace: Trace, inputs: tuple[Any, ...], actions: dict[int, Action]) -> Any:
-    """The output of `model(*inputs)` with `actions` (operator number -> what to do) in place of some operators."""
+def replay(
+    model: nn.Module,
+    trace: Trace,
+    inputs: tuple[Any, ...],
+    actions: dict[int, Action],
+    choices: Choices | nullcontext[None] | None = None,
+) -> Any:
+    """The output of `model(*inputs)` with `actions` (operator number -> what to do) in place of some operators.
+
+    Behind the first choice that depends on values, numbers hold only if `choices` are those of the trace.
+    """
     mode = _Replay(trace, actions)
-    with running(model), full_float32(), mode:
+    with running(model), full_float32(), choices or nullcontext(), mode:
         output = model(*inputs)
     if mode.missing:
         raise GraphError("the network runs fewer operators than when it was traced; a branch depends on values")
@@ -68,8 +81,11 @@ def over_kept(graph: ModelGraph, gone: NDArrayBool) -> dict[int, Action]:
 
 
 def _kept_only(name: str, axis: int, kept: Tensor) -> Action:
+    # Found here and not in the run, which would take it for a choice of the network.
+    places = kept.nonzero().reshape(-1)
+
     def action(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        index = kept.nonzero().reshape(-1).to(args[0].device)
+        index = places.to(args[0].device)
         some = [args[0].index_select(axis, index), *args[1:]]
         if name == "native_layer_norm":
             some[1] = [len(index)]
@@ -98,3 +114,38 @@ def _widen(part: Any, full: Any, axis: int, index: Tensor) -> Any:
 def reference(graph: ModelGraph, gone: NDArrayBool, inputs: tuple[Any, ...]) -> Any:
     """What the compact network has to compute: the masked one, with statistics over kept channels only."""
     return replay(graph.model, graph.trace, inputs, over_kept(graph, gone))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a network gave on `inputs` with `choices`: its outputs, and what it read to choose from, which says more
+    than the boxes that were chosen: there may be none."""
+
+    inputs: tuple[Any, ...]
+    choices: list[Choice]
+    outputs: list[Tensor]
+    read: list[Tensor]
+
+    def repeated(self, model: nn.Module) -> Run:
+        """What `model` gives on the same inputs with the same choices.
+
+        Raises:
+            GraphError: it comes to other choices.
+        """
+        choices = repeating(tensors_in(self.inputs), self.choices)
+        with running(model), full_float32(), choices:
+            output = model(*copy.deepcopy(self.inputs))
+        return Run(self.inputs, self.choices, tensors_in(output), getattr(choices, "read", []))
+
+
+def free_run(graph: ModelGraph, gone: NDArrayBool, inputs: tuple[Any, ...]) -> Run | None:
+    """What the compact network has to compute where it chooses by itself: other inputs may lead to other operators
+    than those of the trace. None if nothing is chosen by values, or if operators behind a choice would have to be
+    found by their numbers."""
+    start, actions = graph.trace.chosen_from, over_kept(graph, gone)
+    if start is None or any(number >= start for number in actions):
+        return None
+    own = copy.deepcopy(inputs)
+    choices = Choices(tensors_in(own))
+    output = replay(graph.model, graph.trace, own, actions, choices)
+    return Run(inputs, choices.made, tensors_in(output), choices.read)

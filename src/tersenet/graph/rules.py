@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tersenet.graph import contraction_rules, layer_rules, movement_rules, weight_rules
+from tersenet.graph.choices import CHOOSING
 from tersenet.graph.labels import (
     Labeller,
     Rule,
@@ -39,7 +40,9 @@ def apply_rule(run: Labeller, op: Op) -> Any:
         return weight_rules.computed(run, op)
     rule = RULES.get(op.name)
     if rule is None:
-        return run.refuse(op, f"{describe(op)} is not understood")
+        return run.refuse(
+            op, f"{describe(op)} {'chooses by its values' if op.name in CHOOSING else 'is not understood'}"
+        )
     try:
         return rule(run, op)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
@@ -130,7 +133,12 @@ def _elementwise(run: Labeller, op: Op) -> Any:
             labels = weight_rules.attach(run, op, value, labels, origin, harmless)
         elif value is None:
             _constant_operand(run, op, run.shape(ref), labels)
-    return Value(labels, origin, weighs)
+    if op.name in MULTIPLICATIVE:
+        shifted = all(v.shifted for v in tensors)
+    else:
+        numbers = [a for a in op.args if isinstance(a, (int, float)) and a]
+        shifted = any(v.shifted for v in tensors) or bool(numbers) or any(not isinstance(v, Value) for _, v in values)
+    return Value(labels, origin, weighs, shifted)
 
 
 def _meet(run: Labeller, op: Op, a: Tensor, b: Tensor, harmless: bool) -> Tensor:

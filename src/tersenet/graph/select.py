@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tersenet.errors import GraphError, UnknownNameError
 from tersenet.graph.model import ModelGraph
@@ -48,6 +49,8 @@ def select_groups(
         UnknownNameError: an `include` or `exclude` pattern that matches nothing.
         GraphError: no group is left.
     """
+    if not graph.groups:
+        raise GraphError(_nothing_left(graph))
     check_patterns([*include, *exclude], _names(graph, graph.groups))
     free = [group for group in graph.groups if group.frozen is None]
     chosen: list[ChannelGroup] = []
@@ -57,8 +60,7 @@ def select_groups(
         if all(_any(names, include) and not _any(names, out) for names in layers.values()):
             chosen.append(group)
     if not chosen:
-        reasons = "; ".join(f"{name}: {why}" for name, why in graph.frozen_groups().items())
-        raise GraphError(f"no layer is left to prune (include, exclude, or frozen: {reasons})")
+        raise GraphError(_nothing_left(graph))
     return chosen
 
 
@@ -88,6 +90,25 @@ def left_whole(graph: ModelGraph, chosen: Sequence[ChannelGroup]) -> dict[str, l
             reason = group.frozen or "left out by include or exclude, or tied to a layer that is"
             found.setdefault(reason, []).append(group.name)
     return found
+
+
+def _nothing_left(graph: ModelGraph) -> str:
+    reasons = "; ".join(f"{name}: {why}" for name, why in graph.frozen_groups().items())
+    text = f"no layer is left to prune (include, exclude, or frozen: {reasons or 'no layer makes channels'})"
+    layers = [path for path, module in graph.model.named_modules() if is_parametrized(module) or _spectral(module)]
+    if layers:
+        text += (
+            f". {', '.join(layers[:5])}{' and more' * (len(layers) > 5)}: the weights are computed anew in each pass, "
+            "by a norm or another parametrization of all channels. Make them plain before, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or with "
+            "torch.nn.utils.remove_spectral_norm(layer) if the older spectral_norm was used"
+        )
+    return text
+
+
+def _spectral(module: nn.Module) -> bool:
+    """Whether it has the hook of the older `spectral_norm`, whose class is hidden behind the function of that name."""
+    return any(type(hook).__name__ == "SpectralNorm" for hook in vars(module)["_forward_pre_hooks"].values())
 
 
 def _any(names: Iterable[str], patterns: Sequence[str]) -> bool:

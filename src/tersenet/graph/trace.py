@@ -45,12 +45,13 @@ class Ref:
 @dataclass
 class Slot:
     """What is known of a tensor. `parameter` is the canonical name of a parameter or buffer; `content` are the values
-    of constants and of integer results, such as index tables."""
+    of constants and of integer results, such as index tables. `mask`: truth values, which as an index are a mask."""
 
     shape: tuple[int, ...]
     floating: bool
     parameter: str | None = None
     content: Tensor | None = None
+    mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,16 @@ class Op:
 
 @dataclass
 class Trace:
-    """What ran. `inputs` are the example's tensors in order, `outputs` the result with `Ref`s for tensors. `choices`
-    are those that were made by values or of constants; those by values begin at the operator `chosen_from`."""
+    """What ran. `inputs` are the example's tensors in order, `outputs` the result with `Ref`s for tensors.
+
+    `images` are inputs (C, H, W) in a list, without a batch axis. `choices` are those that were made by values or of
+    constants; those by values begin at the operator `chosen_from`.
+    """
 
     ops: list[Op] = field(default_factory=list[Op])
     slots: list[Slot] = field(default_factory=list[Slot])
     inputs: tuple[int, ...] = ()
+    images: frozenset[int] = frozenset()
     outputs: Any = None
     choices: list[Choice] = field(default_factory=list[Choice])
     chosen_from: int | None = None
@@ -109,12 +114,14 @@ class Trace:
 def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode inside; afterwards every module is in the mode that it had."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            if module.training != training:
+                module.training = training
 
 
 @contextmanager
@@ -138,6 +145,15 @@ def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     Raises:
         GraphError: the network does not run on the example, with the line of the user's code where that was seen.
     """
+    before = [(own, dict(own)) for own in map(vars, model.modules())]
+    found = _filled_trace(model, example)
+    # What a first pass keeps for later ones, such as anchors or masks of a size, they don't make again.
+    if any(own.keys() != old.keys() or any(own[k] is not old[k] for k in old) for own, old in before):
+        found = _filled_trace(model, example)
+    return found
+
+
+def _filled_trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     try:
         return _traced(model, example, never_nothing=True)
     except _Invented:
@@ -204,6 +220,8 @@ class _Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []
         self._kept: dict[int, Tensor] = {}
         self.found.inputs = tuple(self._slot(x) for x in tensors_in(example))
+        listed = [x for part in example if isinstance(part, (list, tuple)) for x in part]  # pyright: ignore
+        self.found.images = frozenset(self._slot(x) for x in listed if isinstance(x, Tensor) and x.dim() == 3)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -256,7 +274,7 @@ class _Recorder(TorchDispatchMode):
         small = tensor.numel() <= 1 << 22 and not tensor.is_meta
         if small and (not floating if made or name else True):
             self._kept[len(self.found.slots)] = tensor
-        self.found.slots.append(Slot(tuple(tensor.shape), floating, name))
+        self.found.slots.append(Slot(tuple(tensor.shape), floating, name, mask=tensor.dtype == torch.bool))
         return self._slots[id(tensor)]
 
     def _place(self, frame: FrameType | None) -> Place:

@@ -1,29 +1,33 @@
-"""A smaller copy of the network is run, to find the sizes that its code keeps in numbers."""
+"""The network is run without some of its channels, to find the sizes that its code keeps in numbers."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from tersenet.graph.labels import Labeller, Labelling
+from tersenet.graph.edits import Keep, Resize
+from tersenet.graph.labels import Labelling
 from tersenet.graph.mend import Fixed, Mend, Sizes, alike, first_difference, options
 from tersenet.graph.shrink import cuts
 from tersenet.graph.trace import Trace
+from tersenet.graph.undo import structure_of
 from tersenet.graph.units import Units, build_units
 
 MAX_TRIALS = 40
 
 
-def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace) -> Fixed:
+def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace, found: Labelling) -> Fixed:
     """Attributes that have to shrink with the channels, and operators whose channels have to stay.
 
-    Found with the residual trunks coupled; sizes that are numbers are the same numbers in every residual mode.
+    Args: found: the labels with coupled residual trunks; sizes that are numbers are the same in every residual mode.
+        What has to stay is frozen in it.
     """
     fixed = Fixed()
-    found = Labeller(model, trace, "coupled").run()
+    smaller = _Smaller(model, example, trace)
     tried: dict[int, int] = {}
     pending: dict[int, list[Mend]] = {}
     for _ in range(MAX_TRIALS):
@@ -32,7 +36,7 @@ def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace) -> Fixe
         if not gone.any():
             return fixed
         sizes = Sizes(trace, found, gone[units.of])
-        problem = first_difference(_smaller(model, trace, found, units, fixed.mends, gone), example, trace, sizes)
+        problem = smaller.first_difference(cuts(model, trace, found, units, fixed.mends, gone), sizes)
         if problem is None:
             return fixed
         number, why = problem
@@ -53,6 +57,7 @@ def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace) -> Fixe
     # What is left after so many lines would take too long: everything stays.
     for op in trace.ops:
         fixed.stuck[op.number] = f"sizes in its code could not be found out in {MAX_TRIALS} trials"
+        found.freeze_around(op, fixed.stuck[op.number])
     return fixed
 
 
@@ -86,10 +91,50 @@ def _some(units: Units) -> Any:
     return gone
 
 
-def _smaller(model: nn.Module, trace: Trace, found: Labelling, units: Units, mends: list[Mend], gone: Any) -> nn.Module:
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    smaller = copy.deepcopy(model, memo)
-    for edit in cuts(model, trace, found, units, mends, gone):
-        edit.replay(smaller)
-    return smaller
+class _Smaller:
+    """The network itself without some channels, for one pass; then it is as it was before.
+
+    Without values (on `meta`) as far as that shows the same operators, which takes neither time nor memory.
+    """
+
+    def __init__(self, model: nn.Module, example: tuple[Any, ...], trace: Trace) -> None:
+        self.model = model
+        self.example = example
+        self.trace = trace
+        # Another device has other fused operators, and nothing to choose by.
+        self.without_values = not trace.choices and not any("attention" in op.name for op in trace.ops)
+
+    def first_difference(self, edits: Sequence[Keep | Resize], sizes: Sizes) -> tuple[int, str] | None:
+        found = self._run(edits, sizes, meta=True) if self.without_values else None
+        if found is None and self.without_values:
+            return None
+        found = self._run(edits, sizes, meta=False)
+        # What runs only with values will not run without them later.
+        self.without_values &= found is not None
+        return found
+
+    def _run(self, edits: Sequence[Keep | Resize], sizes: Sizes, meta: bool) -> tuple[int, str] | None:
+        restore = structure_of(self.model)
+        try:
+            if meta:
+                _drop_values(self.model)
+            for edit in edits:
+                edit.replay(self.model)
+            example = tree_map_only(Tensor, lambda x: x.to("meta"), self.example) if meta else self.example
+            return first_difference(self.model, example, self.trace, sizes)
+        finally:
+            restore()
+
+
+def _drop_values(model: nn.Module) -> None:
+    known: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = known.setdefault(id(tensor), _without_values(tensor))  # pyright: ignore
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -15,15 +15,16 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
 
     What is written into tensors in place, or into lists and dicts of the module's own, is not undone.
     """
-    saved: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = []
+    saved: list[tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]] = []
     for module in model.modules():
         own = module.__dict__
-        saved.append((own, dict(own), [dict(own[name]) for name in _TABLES]))
+        # A scripted module has other tables; no edit reaches into it.
+        saved.append((own, dict(own), {name: dict(own[name]) for name in _TABLES if isinstance(own.get(name), dict)}))
 
     def restore() -> None:
         for own, attributes, tables in saved:
             # In place: dicts of a module may be held by others.
-            for name, table in zip(_TABLES, tables, strict=True):
+            for name, table in tables.items():
                 attributes[name].clear()
                 attributes[name].update(table)
             own.clear()

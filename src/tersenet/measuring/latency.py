@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import TersenetError
+from tersenet.graph import copies
 from tersenet.measuring.meta import call, map_tensors, tensors_in
 from tersenet.results import Latency
 
@@ -58,7 +58,7 @@ def _prepare(model: nn.Module, example: Any) -> _Prepared:
     """A copy of the model ready to run, the example in its place, and where that is."""
     weight = next(iter([*model.parameters(), *model.buffers()]), None)
     device = weight.device if weight is not None else torch.device("cpu")
-    copied = copy.deepcopy(model).eval()
+    copied = copies.copied(model).eval()
     if any(tensor.dim() == 4 for tensor in tensors_in(example)):
         copied = copied.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
     return copied, map_tensors(lambda tensor: _place(tensor, device), example), device

@@ -6,6 +6,7 @@ Counting there is exact, takes no memory for weights or activations, and can't d
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -63,10 +64,17 @@ def run_on_meta(copied: nn.Module, inputs: Any) -> None:
         reason = str(error).strip().partition("\n")[0]
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs)) or "none"
         raise TersenetError(
-            f"{type(copied).__name__} can't be measured with an example of shape {shapes}: "
-            f"{reason or type(error).__name__}. Its forward has to take the example, and must not read the values of "
-            "tensors (.item(), if tensor > 0, .numpy())"
+            f"{type(copied).__name__} can't be measured with an example of shape {shapes}{_line(error)}: "
+            f"{reason.rstrip('.') or type(error).__name__}. Its forward has to take the example, and must not read the "
+            "values of tensors (.item(), if tensor > 0, .numpy()): torch.where chooses without"
         ) from error
+
+
+def _line(error: Exception) -> str:
+    """` (at net.py:12)`: the line of the network's own code that failed, if it is not torch's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    own = [f for f in frames if "tersenet/measuring" not in f.filename]
+    return f" (at {own[-1].filename.rsplit('/', 1)[-1]}:{own[-1].lineno})" if own else ""
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

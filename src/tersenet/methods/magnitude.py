@@ -57,8 +57,8 @@ class Magnitude(Method):
     """Leave a multiple of so many channels in every layer."""
     at_least: int = Field(default=1, ge=1)
     """Leave at least so many channels in every layer."""
-    constants: Literal["auto", "exact", "zero"] = "auto"
-    """What batch norm emits for removed filters: compensated exactly, silenced (`zero`), or exact where possible."""
+    constants: Literal["auto", "exact", "zero"] = "zero"
+    """What batch norm emits for removed filters: silenced (`zero`), compensated exactly, or exact where possible."""
     batches: int = Field(default=8, ge=1)
     """Training batches that `taylor`, `activation` and `apoz` look at."""
     recalibrate_bn: int = Field(default=0, ge=0)
@@ -102,7 +102,7 @@ class Magnitude(Method):
         notes = [f"{units - left} of {units} channels removed by {self.score}; {before:,} -> {after:,} MACs"]
         notes += [f"{', '.join(names)} left whole: {why}" for why, names in left_whole(graph, groups).items()]
         done = compact(graph, kept, self.constants)
-        if done.zeroed:
+        if done.zeroed and self.constants != "zero":
             notes.append(f"batch norm and bias of the removed filters of {', '.join(done.zeroed)} were silenced")
         context.equality = done.equality
         context.notes += notes
@@ -121,7 +121,7 @@ class Magnitude(Method):
         free = [group.name for group in groups if group.name not in named]
         if free and target is None and self.rate is None:
             raise TersenetError("magnitude needs a rate (share of channels removed) or a target (macs=50%)")
-        scores = self._scores(graph, groups, context)
+        scores = self.scores(graph, groups, context)
         rounding = Rounding(self.multiple, self.at_least)
         fixed: Kept = {}
         for name, rate in named.items():
@@ -133,9 +133,7 @@ class Magnitude(Method):
         original = context.original_macs if target.kind == "macs" else context.original_params
         return fixed | kept_within(graph, ranking, target, original, rounding, fixed)
 
-    def _scores(
-        self, graph: ModelGraph, groups: list[ChannelGroup], context: Context
-    ) -> dict[str, NDArray[np.float64]]:
+    def scores(self, graph: ModelGraph, groups: list[ChannelGroup], context: Context) -> dict[str, NDArray[np.float64]]:
         """Group name -> (size,) importance of its units."""
         from tersenet.graph.importance import unit_scores
         from tersenet.ops.importance import NORMALISATIONS

@@ -1,7 +1,8 @@
 """The part of a torchvision detector that has channels: from a batch of images to the raw outputs of its heads.
 
-A whole detector takes a list of images and chooses boxes by value, which can't be traced. Its channels are all in the
-backbone and the heads, and between these only boxes are chosen and regions are averaged, channel by channel.
+A whole detector can be traced as it is, from a list of images to boxes. This part of it is for where tensors are
+needed: it costs less to run, takes a batch, and its multiply-adds don't depend on how many boxes are found. The
+channels are all in the backbone and the heads; between these only boxes are chosen and regions are averaged.
 """
 
 from __future__ import annotations

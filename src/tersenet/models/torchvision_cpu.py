@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _declared: list[torch.library.Library] = []  # a Library that is dropped takes its operators with it
 
@@ -61,6 +61,62 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return order[kept]
 
 
+def roi_align(maps: Tensor, rois: Tensor, scale: float, height: int, width: int, samples: int, aligned: bool) -> Tensor:
+    """Maps averaged in boxes, (K, C, height, width): bilinear values at `samples` x `samples` points of every bin.
+
+    A point more than one pixel outside of a map counts as zero. Gradients go to the maps only, as in torchvision.
+
+    Args:
+        maps: (N, C, H, W).
+        rois: (K, 5): the number of the map, then x1 y1 x2 y2 in pixels of the image.
+        scale: pixels of a map per pixel of the image.
+        aligned: pixels are squares around their coordinates, and boxes may be smaller than one.
+
+    Source: Mask R-CNN (He et al., 2017), section 3; torchvision's documentation of `roi_align`.
+    """
+    x1, y1, x2, y2 = (rois[:, 1:].detach() * scale - (0.5 if aligned else 0.0)).unbind(1)
+    sizes = [x2 - x1, y2 - y1] if aligned else [(x2 - x1).clamp(min=1), (y2 - y1).clamp(min=1)]
+    xs, ys = _points(x1, sizes[0], width * samples), _points(y1, sizes[1], height * samples)
+    inside = _inside(ys, maps.shape[2])[:, :, None] & _inside(xs, maps.shape[3])[:, None, :]
+    grid = torch.stack(
+        [
+            _normalised(xs, maps.shape[3])[:, None, :].expand(inside.shape),
+            _normalised(ys, maps.shape[2])[:, :, None].expand(inside.shape),
+        ],
+        dim=3,
+    )
+    number = rois[:, 0].long()
+    found: list[Tensor] = []
+    order: list[Tensor] = []
+    for image in range(len(maps)):
+        places = (number == image).nonzero()[:, 0] if len(maps) > 1 else torch.arange(len(rois), device=rois.device)
+        # One long image of points: (1, C, K * height * samples, width * samples).
+        points = grid[places].flatten(0, 1)[None].to(maps.dtype)
+        values = nn.functional.grid_sample(
+            maps[image : image + 1], points, mode="bilinear", padding_mode="border", align_corners=True
+        )
+        values = values * inside[places].flatten(0, 1).to(maps.dtype)
+        bins = nn.functional.avg_pool2d(values, samples)[0]
+        found.append(bins.unflatten(1, (len(places), height)).transpose(0, 1))
+        order.append(places)
+    return torch.cat(found)[torch.cat(order).argsort()] if len(maps) > 1 else found[0]
+
+
+def _points(start: Tensor, size: Tensor, count: int) -> Tensor:
+    """(K, count) points in the middles of `count` equal parts."""
+    middles = (torch.arange(count, device=start.device, dtype=start.dtype) + 0.5) / count
+    return start[:, None] + size[:, None] * middles
+
+
+def _inside(points: Tensor, size: int) -> Tensor:
+    return (points >= -1) & (points <= size)
+
+
+def _normalised(points: Tensor, size: int) -> Tensor:
+    """Pixels as `grid_sample` counts them, from -1 to 1."""
+    return points.clamp(0, size - 1) * (2 / max(size - 1, 1)) - 1
+
+
 def _declare() -> None:
     """The two operators that torchvision registers shapes for when it is imported. It does not define them itself."""
     library = torch.library.Library("torchvision", "DEF")
@@ -70,11 +126,18 @@ def _declare() -> None:
     _declared.append(library)
 
 
-def _use_plain_torch(boxes: Any, roi_align: Any) -> None:
+def _use_plain_torch(boxes: Any, regions: Any) -> None:
     boxes._assert_has_ops = lambda: None
     # torchvision's own RoI align in Python is compiled by torch.compile at its first call: that takes a C++ compiler
-    # and tens of seconds.
-    roi_align._roi_align = roi_align._roi_align.__wrapped__
+    # and tens of seconds. Not compiled it takes seconds and gigabytes for a thousand boxes.
+    slow = regions._roi_align.__wrapped__
+
+    def align(maps: Tensor, rois: Tensor, scale: float, height: int, width: int, samples: int, aligned: bool) -> Tensor:
+        if samples <= 0 or len(rois) == 0:  # as many points as a box has pixels: another number for every box
+            return slow(maps, rois, scale, height, width, samples, aligned)
+        return roi_align(maps, rois, scale, height, width, samples, aligned)
+
+    regions._roi_align = align
 
 
 def _forget(*packages: str) -> None:

@@ -66,10 +66,10 @@ def asymptotic_decay(goal: float, initial: float, knee: float) -> float:
 
 
 def pruned_count(size: int, rate: float, multiple: int = 1) -> int:
-    """floor(size * rate), or fewer so that a multiple of `multiple` is left (never more than `size`).
+    """floor(size * rate), or fewer so that at least one and a multiple of `multiple` are left (never more than `size`).
 
-    The small addend keeps 10 * 0.1 from becoming 0: `int(10 * (1 - 0.9))` is 0 in floating point.
+    The small addend keeps 10 * 0.1 from becoming 0: `int(10 * (1 - 0.9))` is 0 in floating point. It also makes all of
+    a rate just below 1, which would leave nothing.
     """
-    pruned = math.floor(size * rate + 1e-9)
-    left = size - pruned
+    left = max(1, size - math.floor(size * rate + 1e-9))
     return max(0, size - -(-left // multiple) * multiple)

@@ -13,8 +13,7 @@ import yaml
 from tersenet.report import charts
 from tersenet.report import format as f
 from tersenet.report.curves import Panel, last_value, panels
-from tersenet.report.parts import badge, fact_list, legend, note_list, pair_list, share_width, text, typeset
-from tersenet.report.style import CSS
+from tersenet.report.parts import badge, fact_list, legend, note_list, page, pair_list, share_width, text, typeset
 from tersenet.report.summary import Figure, Value, figures, flat, footnotes, headline, target_met
 from tersenet.results import LayerRow, Measures, Report, StepResult
 
@@ -33,13 +32,7 @@ def render(report: Report) -> str:
             _run(report),
         )
     )
-    title = text(f"{report.model}: compressed")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head>\n<body><main>{body}</main></body></html>\n"
-    )
+    return page(f"{report.model}: compressed", body)
 
 
 def _header(report: Report) -> str:

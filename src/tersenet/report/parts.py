@@ -6,6 +6,17 @@ import html
 import re
 
 from tersenet.report import format as f
+from tersenet.report.style import CSS
+
+
+def page(title: str, body: str) -> str:
+    """A whole document around `body`, which is HTML. Its policy forbids scripts and requests."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{CSS}</style></head>\n<body><main>{body}</main></body></html>\n"
+    )
 
 
 def text(value: object) -> str:

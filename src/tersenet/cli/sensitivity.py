@@ -1,0 +1,127 @@
+"""tersenet sensitivity"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tersenet.cli import console, options
+from tersenet.cli.console import examples, fail, note_random_weights, show, width
+from tersenet.cli.progress import Status, clock
+from tersenet.errors import TersenetError
+
+EXAMPLES = examples(
+    "tersenet sensitivity runs/demo/model --data digits",
+    "",
+    "tersenet sensitivity resnet56 --weights resnet56-4bfd9763.th \\",
+    "    --data cifar10:DIR --out runs/sensitivity-r56",
+    "",
+    "tersenet sensitivity resnet56 --weights resnet56-4bfd9763.th \\",
+    "    --data cifar10:DIR --rates 0.25,0.5,0.75 --include 'layer3.*' --samples 2000",
+)
+
+
+class Progress:
+    """On a terminal one line that is rewritten, in a log file one line per layer. `done` of `of` points are known."""
+
+    def __init__(self, status: Status | None = None) -> None:
+        self.status = status or Status()
+        self.done, self.of = 0, 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.done, self.of = event["done"], event["of"]
+        left = "" if event["eta_seconds"] is None else f"  ETA {clock(event['eta_seconds'])}"
+        if event["event"] == "start":
+            known = f", {self.done} points known" if self.done else ""
+            what = f"{event['layers']} layers x {event['rates']} rates on {event['images']} images{known}"
+            self.status.line(f"{what}{left}")
+            return
+        name = next(name for name in ("top1", "metric", "loss") if event[name] is not None)
+        value = f"top-1 {event[name]:.2%}" if name == "top1" else f"{name} {event[name]:.4g}"
+        text = f"{self.done}/{self.of}  {event['layer']}  rate {event['rate']:g}  {value}{left}"
+        if self.status.live:
+            self.status.update(text)
+        elif event["last"]:
+            self.status.line(text)
+
+
+def sensitivity(
+    model: options.ModelArgument,
+    data: options.DataOption,
+    weights: options.WeightsOption = None,
+    base: options.BaseOption = None,
+    rates: Annotated[
+        str | None, typer.Option("--rates", metavar="R,R,...", help="Shares of the channels; by default 0.1 to 0.9.")
+    ] = None,
+    importance: Annotated[
+        str, typer.Option("--importance", metavar="SCORE", help="What tells the weakest channels, as for magnitude.")
+    ] = "l1",
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these layers; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these layers; repeatable.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Images that every point is evaluated on.")] = 1000,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="S", help="validation, train or test; validation by default, if there is one."),
+    ] = None,
+    residual: Annotated[
+        str, typer.Option("--residual", metavar="MODE", help="coupled or independent, as for magnitude.")
+    ] = "coupled",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder; by default runs/sensitivity-MODEL.")
+    ] = None,
+    as_json: options.JsonOption = False,
+    device: options.DeviceOption = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the choice of images.")] = 0,
+    fresh: options.FreshOption = False,
+) -> None:
+    """Accuracy against pruning rate, one layer at a time: where a network can be pruned, before anything is.
+
+    The same command run again goes on where it stopped.
+    """
+    from tersenet.data.registry import parse
+    from tersenet.search.settings import RATES, Settings
+
+    # What is wrong on the command line is said before torch is imported, which takes seconds.
+    settings: dict[str, Any] = {"rates": parse_rates(rates) if rates else RATES, "importance": importance}
+    settings |= {
+        "samples": samples,
+        "split": split,
+        "include": tuple(include or ["*"]),
+        "exclude": tuple(exclude or []),
+    }
+    settings |= {"residual": residual, "seed": seed}
+    Settings(**settings)
+    parse(data)
+    from tersenet import api
+    from tersenet.search.folder import PAGE
+    from tersenet.search.tables import render_text
+
+    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"sensitivity-{model}")
+    progress = Progress()
+    more: dict[str, Any] = {"weights": weights, "base": base, "device": device, "fresh": fresh, "out": folder}
+    try:
+        found = api.sensitivity(model, data, **settings, **more, on_event=progress, command=shlex.join(console.command))
+    except KeyboardInterrupt:
+        progress.status.close()
+        fail(f"interrupted; the same command goes on after {progress.done} of {progress.of} points", 130)
+    finally:
+        progress.status.close()
+    note_random_weights(model, weights)
+    document = {**found.model_dump(mode="json"), "rates": found.rates()}
+    show(document, lambda: f"{render_text(found, width())}\n{folder / PAGE}", as_json)
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """`0.1,0.5` as numbers. Raises: TersenetError for anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise TersenetError(f"--rates {text} must be numbers with commas between them, such as 0.1,0.3,0.5") from None

@@ -1,0 +1,205 @@
+"""How an image is cut into the overlapping tiles of Winograd's F(m, r), and put together again; and the adjoints.
+
+Any size, padding, stride and dilation: a stride s becomes s * s phases of the image beside each other as channels, a
+dilation d becomes d * d phases as images. Channels are innermost throughout: the copies run along them.
+
+Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016; strides as in wincnn and in Huang
+et al., DWM, arXiv 2002.00552.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tersenet.errors import TersenetError
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a convolution does to a map, apart from its numbers. Pairs are (height, width).
+
+    tile: m, the outputs of one tile along an axis.
+    kernel: Taps of the filter along each axis.
+    padding: Zeros (before, after) the rows and the columns.
+    """
+
+    tile: int
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        """r of the transforms: what is left of the larger side of the kernel in one phase of the stride."""
+        return max(-(-self._spread(axis) // self.axis(axis)[1]) for axis in (0, 1))
+
+    def axis(self, axis: int) -> tuple[int, int, int]:
+        """(every so many rows are read at all, stride, dilation); one of the last two is 1.
+
+        Dilated filters that are also strided have zeros put between their taps, unless the two have a common divisor.
+        """
+        stride, dilation = self.stride[axis], self.dilation[axis]
+        step = gcd(stride, dilation)
+        stride, dilation = stride // step, dilation // step
+        return step, stride, 1 if stride > 1 else dilation
+
+    def spacing(self, axis: int) -> int:
+        """How far apart the taps are after `axis` has taken what it can."""
+        step, stride, _ = self.axis(axis)
+        return self.dilation[axis] // step if stride > 1 else 1
+
+    def _spread(self, axis: int) -> int:
+        return self.spacing(axis) * (self.kernel[axis] - 1) + 1
+
+    def out(self, size: int, axis: int) -> int:
+        """Rows or columns of the output. Raises: TersenetError if there are none."""
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        padded = size + sum(self.padding[axis])
+        if padded < reach:
+            raise TersenetError(
+                f"a padded map of {padded} {('rows', 'columns')[axis]} is smaller than the filter's reach ({reach})"
+            )
+        return (padded - reach) // self.stride[axis] + 1
+
+    def tiles(self, size: int, axis: int) -> int:
+        """Tiles along the axis, in one phase of the dilation."""
+        return -(-self.out(size, axis) // (self.axis(axis)[2] * self.tile))
+
+
+def padded_image(x: Tensor, at: Geometry) -> Tensor:
+    """(N, C, H, W) -> (N, C, rows, columns) in channels_last order: exactly what the tiles reach."""
+    n, c, h, w = x.shape
+    (top, _), (left, _) = at.padding
+    out = x.new_zeros(n, _reach(at, h, 0), _reach(at, w, 1), c).permute(0, 3, 1, 2)
+    # Rows that a stride never reads are left out.
+    h, w = min(h, out.shape[2] - top), min(w, out.shape[3] - left)
+    out[:, :, top : top + h, left : left + w] = x[:, :, :h, :w]
+    return out
+
+
+def _reach(at: Geometry, size: int, axis: int) -> int:
+    """Rows or columns that the tiles read, padding included."""
+    step, stride, dilation = at.axis(axis)
+    return (at.tile * at.tiles(size, axis) + at.taps - 1) * stride * dilation * step
+
+
+def input_tiles(x: Tensor, at: Geometry) -> Tensor:
+    """`padded_image` -> (t, t, groups, N', tiles, tiles, C'): overlapping tiles.
+
+    N' has the phases of the dilation, C' of one group those of the stride.
+    """
+    t = at.tile + at.taps - 1
+    (step_h, sh, dh), (step_w, sw, dw) = at.axis(0), at.axis(1)
+    if step_h > 1 or step_w > 1:
+        x = x[:, :, ::step_h, ::step_w]
+    n, c, h, w = x.shape
+    x = x.unflatten(1, (at.groups, c // at.groups)).unflatten(4, (w // (sw * dw), sw, dw))
+    x = x.unflatten(3, (h // (sh * dh), sh, dh))
+    # n, g, c, rows, sh, dh, columns, sw, dw -> ... with the taps of each tile at the end.
+    x = x.unfold(3, t, at.tile).unfold(6, t, at.tile)
+    x = x.permute(9, 10, 1, 0, 5, 8, 3, 6, 2, 4, 7)
+    return x.reshape(t, t, at.groups, n * dh * dw, x.shape[6], x.shape[7], c // at.groups * sh * sw)
+
+
+def input_tiles_adjoint(tiles: Tensor, at: Geometry, shape: torch.Size) -> Tensor:
+    """The gradient of `padded_image` and `input_tiles`: overlapping values are added. `shape` is the image's."""
+    n, c, h, w = shape
+    (step_h, sh, dh), (step_w, sw, dw) = at.axis(0), at.axis(1)
+    x = _overlap_add(_overlap_add(tiles, 0, 4, at.tile), 1, 5, at.tile)
+    x = x.view(at.tile, at.tile, at.groups, n, dh, dw, *x.shape[4:6], c // at.groups, sh, sw)
+    # -> n, (rows, m, sh, dh), (columns, m, sw, dw), (g, c)
+    x = x.permute(3, 6, 0, 9, 4, 7, 1, 10, 5, 2, 8)
+    x = x.reshape(n, x.shape[1] * at.tile * sh * dh, x.shape[5] * at.tile * sw * dw, c).permute(0, 3, 1, 2)
+    for axis, step in ((0, step_h), (1, step_w)):
+        if step > 1:
+            spread = x.new_zeros(*x.shape[: 2 + axis], x.shape[2 + axis] * step, *x.shape[3 + axis :])
+            (spread[:, :, ::step] if axis == 0 else spread[:, :, :, ::step]).copy_(x)
+            x = spread
+    (top, _), (left, _) = at.padding
+    below, right = top + h - x.shape[2], left + w - x.shape[3]
+    x = x[:, :, top : top + h, left : left + w]
+    # Rows that a stride never reads have no gradient.
+    return pad(x, (0, max(0, right), 0, max(0, below))) if max(right, below) > 0 else x
+
+
+def _overlap_add(x: Tensor, taps: int, tiles: int, m: int) -> Tensor:
+    """t taps of `tiles` tiles that start every m -> m taps of as many tiles as they reach into."""
+    t, count = x.shape[taps], x.shape[tiles]
+    blocks = -(-t // m)
+    shape = [*x.shape]
+    shape[taps], shape[tiles] = m, count + blocks - 1
+    out = x.new_zeros(shape)
+    for block in range(blocks):
+        size = min(m, t - block * m)
+        out.narrow(taps, 0, size).narrow(tiles, block, count).add_(x.narrow(taps, block * m, size))
+    return out
+
+
+def weight_taps(weight: Tensor, at: Geometry) -> Tensor:
+    """(K, C / groups, kH, kW) -> (r, r, groups, C', K / groups), with the phases of the stride in C'."""
+    r = at.taps
+    strides = [at.axis(axis)[1] for axis in (0, 1)]
+    weight = _spaced(weight, at)
+    weight = pad(weight, (0, r * strides[1] - weight.shape[3], 0, r * strides[0] - weight.shape[2]))
+    weight = weight.unflatten(3, (r, strides[1])).unflatten(2, (r, strides[0])).unflatten(0, (at.groups, -1))
+    # g, k, c, r, sh, r, sw
+    return weight.permute(3, 5, 0, 2, 4, 6, 1).reshape(r, r, at.groups, -1, weight.shape[1])
+
+
+def weight_taps_adjoint(taps: Tensor, at: Geometry, shape: torch.Size) -> Tensor:
+    """The gradient of `weight_taps`; `shape` is the weight's."""
+    r = at.taps
+    sh, sw = (at.axis(axis)[1] for axis in (0, 1))
+    weight = taps.view(r, r, at.groups, shape[1], sh, sw, -1).permute(2, 6, 3, 0, 4, 1, 5)
+    weight = weight.reshape(shape[0], shape[1], r * sh, r * sw)
+    steps = at.spacing(0), at.spacing(1)
+    return weight[:, :, : steps[0] * shape[2] : steps[0], : steps[1] * shape[3] : steps[1]][..., : shape[2], : shape[3]]
+
+
+def _spaced(weight: Tensor, at: Geometry) -> Tensor:
+    steps = at.spacing(0), at.spacing(1)
+    if steps == (1, 1):
+        return weight
+    k, c, h, w = weight.shape
+    spread = weight.new_zeros(k, c, steps[0] * (h - 1) + 1, steps[1] * (w - 1) + 1)
+    spread[:, :, :: steps[0], :: steps[1]] = weight
+    return spread
+
+
+def output_image(tiles: Tensor, at: Geometry, size: tuple[int, int, int], channels_last: bool) -> Tensor:
+    """(m, m, groups, N', tiles, tiles, K') -> (N, K, H', W'). `size` is the input's N, H, W."""
+    n, h, w = size
+    dh, dw = at.axis(0)[2], at.axis(1)[2]
+    rows, columns = tiles.shape[4] * at.tile * dh, tiles.shape[5] * at.tile * dw
+    channels = at.groups * tiles.shape[6]
+    y = tiles.unflatten(3, (n, dh, dw))
+    # m, m, g, n, dh, dw, rows, columns, k -> (rows, m, dh), (columns, m, dw) and (g, k)
+    if channels_last:
+        y = y.permute(3, 6, 0, 4, 7, 1, 5, 2, 8).reshape(n, rows, columns, channels).permute(0, 3, 1, 2)
+    else:
+        y = y.permute(3, 2, 8, 6, 0, 4, 7, 1, 5).reshape(n, channels, rows, columns)
+    return y[:, :, : at.out(h, 0), : at.out(w, 1)]
+
+
+def output_image_adjoint(y: Tensor, at: Geometry, h: int, w: int) -> Tensor:
+    """The gradient of `output_image`: (N, K, H', W') cut into tiles."""
+    dh, dw = at.axis(0)[2], at.axis(1)[2]
+    rows, columns = at.tiles(h, 0), at.tiles(w, 1)
+    n, k = y.shape[:2]
+    edges = (0, columns * at.tile * dw - y.shape[3], 0, rows * at.tile * dh - y.shape[2])
+    y = y.contiguous(memory_format=torch.channels_last)
+    y = (pad(y, edges) if any(edges) else y).permute(0, 2, 3, 1)
+    y = y.unflatten(3, (at.groups, k // at.groups)).unflatten(2, (columns, at.tile, dw))
+    y = y.unflatten(1, (rows, at.tile, dh))
+    # n, rows, m, dh, columns, m, dw, g, k
+    y = y.permute(2, 5, 7, 0, 3, 6, 1, 4, 8)
+    return y.reshape(at.tile, at.tile, at.groups, n * dh * dw, rows, columns, k // at.groups)
