@@ -79,12 +79,13 @@ def test_equals_the_direct_convolution_and_its_gradients(
     leaves = [x, weight] if b is None else [x, weight, b]
     expected = direct(x, weight, b, at)
     found, _ = winograd_conv2d(x, weight, b, squares(at.tile, at.taps), at)
-    assert found.shape == expected.shape
-    assert relative(found, expected) < 1e-10
+    # Where a filter sees nothing but padding, the exact result is zero, and ours is rounding.
+    size = float(x.detach().abs().max() * weight.detach().abs().sum())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13 * size)
     gradient = torch.randn_like(expected)
     ours, theirs = (torch.autograd.grad(y, leaves, gradient) for y in (found, expected))
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * max(float(other.abs().max()), 1e-3 * size))
 
 
 @settings(max_examples=40, deadline=None)
