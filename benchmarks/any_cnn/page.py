@@ -28,11 +28,10 @@ them over the kept channels only.
 Torch-Pruning gets the same weights: **ok** means that a forward pass runs, **exact** that it also computes what the
 masked network does (with statistics over all channels: where a norm takes such, the comparison does not hold).
 
-MACs are counted by torch's flop counter at the network's own input size. Seconds are processor time of tracing,
-grouping, choosing and removing, tersenet's own equality check included, both tools in turns; there both remove the
-channels with their norms' scales and biases. Time left is that of a forward pass in float32, batch 1, one thread.
-Written by `python -m benchmarks.any_cnn`; do
-not edit.
+MACs are counted by torch's flop counter at the network's own input size, in detectors without the heads that run once
+for every box. Seconds are processor time of tracing, grouping, choosing and removing, tersenet's own equality check
+included, both tools in turns; there both remove the channels with their norms' scales and biases. Time left is that of a
+forward pass in float32, batch 1, one thread. Written by `python -m benchmarks.any_cnn`; do not edit.
 """
 
 

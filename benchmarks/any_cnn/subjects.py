@@ -112,18 +112,20 @@ def runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
 def outputs(model: nn.Module, inputs: tuple[Any, ...], forward: Callable[..., Any] | None = None) -> list[Tensor]:
     """Every tensor in the outputs, and what a detector's heads gave: its boxes alone may be none.
 
-    `forward` is called in place of the model, and calls it.
+    Of one-stage detectors the heads only, which are all that is computed: of thousands of boxes with almost equal
+    scores, the last digit decides which are chosen. `forward` is called in place of the model, and calls it.
     """
     seen: list[Any] = []
     detector = isinstance(inputs[0], list)
     heads = [module for name, module in model.named_modules() if detector and name in DETECTION_HEADS]
     hooks = [head.register_forward_hook(lambda module, inputs, output: seen.append(output)) for head in heads]
     try:
-        seen.append((forward or model.eval())(*copy.deepcopy(inputs)))
+        output = (forward or model.eval())(*copy.deepcopy(inputs))
     finally:
         for hook in hooks:
             hook.remove()
-    return list(tensors(seen))
+    one_stage = detector and hasattr(model, "head")
+    return list(tensors(seen if one_stage else [*seen, output]))
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -156,7 +158,8 @@ def difference(left: list[Tensor], right: list[Tensor]) -> float:
 def cost(subject: Subject) -> dict[str, Any]:
     """MACs (convolutions, linear layers, matrix products) at the network's own size, and parameters.
 
-    On meta, which costs nothing; a network that needs the values of its tensors runs for real.
+    On meta, which costs nothing; a network that needs the values of its tensors runs for real. The heads that run once
+    for every box are left out: how many boxes there are depends on the weights.
     """
     example = subject.example(subject.size)
     try:
@@ -179,7 +182,8 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _count(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
         model(*example)
-    return {"macs": counter.get_total_flops() // 2, "operators": sorted(str(o) for o in counter.flop_counts["Global"])}
+    by_boxes = sum(sum(counts.values()) for name, counts in counter.flop_counts.items() if name.endswith(".roi_heads"))
+    return {"macs": (counter.get_total_flops() - by_boxes) // 2, "operators": sorted(str(o) for o in counter.flop_counts["Global"])}
 
 
 def traits(subject: Subject, operators: list[str]) -> dict[str, bool]:

@@ -80,6 +80,19 @@ class Equality(_Record):
     relative: float = Field(description="max_abs divided by the largest absolute output")
     tolerance: float
     samples: int
+    response: float | None = Field(
+        default=None, description="how far outputs of two noise inputs are apart, divided by the largest; if known"
+    )
+
+    @property
+    def telling(self) -> bool:
+        """Whether the outputs depend on the input enough for their equality to prove something."""
+        return self.response is None or self.response >= 1e-3
+
+    @property
+    def remark(self) -> str:
+        """What a reader has to know beside the numbers."""
+        return "" if self.telling else " The outputs hardly depend on the input, so this says little: is it trained?"
 
 
 class StepResult(_Record):

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from graph_support import check_exact, random_kept, randomise
 from tersenet.errors import GraphError
-from tersenet.graph.compact import compact, compare
+from tersenet.graph.compact import compact
 from tersenet.graph.labels import Residual
 from tersenet.graph.model import ModelGraph
+from tersenet.graph.proof import compare
 from tersenet.measuring.macs import count_macs
 from tersenet.models.build import build
 

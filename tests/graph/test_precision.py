@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tersenet.graph.compact import compact, compare
+from tersenet.graph.compact import compact
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.precision import full_float32
+from tersenet.graph.proof import compare
 
 
 def switches() -> dict[str, str]:

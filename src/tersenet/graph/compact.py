@@ -10,24 +10,22 @@ Differs: the reference compensates only the last batch norm of a block and silen
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersenet.errors import GraphError
 from tersenet.graph.constants import Measured, NotConstant, constants_of, measure, push_through
 from tersenet.graph.edits import Adapt, Keep, Resize
 from tersenet.graph.labels import End, NDArrayBool
-from tersenet.graph.model import Kept, ModelGraph, random_like
-from tersenet.graph.precision import full_float32
-from tersenet.graph.replay import Run, free_run
+from tersenet.graph.model import Kept, ModelGraph
+from tersenet.graph.proof import prove, runs_to_repeat
 from tersenet.graph.shrink import axis_in, cuts
-from tersenet.graph.trace import Ref, Trace, first_line, refs_in, running, tensors_in, user_line
+from tersenet.graph.trace import Ref, Trace, refs_in
 from tersenet.graph.undo import structure_of
 from tersenet.graph.units import ChannelGroup
 from tersenet.nn.adapter import ChannelAdapter
@@ -73,9 +71,9 @@ def compact(graph: ModelGraph, kept: Kept, constants: Constants = "auto") -> Com
         mask(graph, kept)
         plan, zeroed, measured = _exact_plan(graph, groups, gone, constants)
         plan.keeps = keeps
-        runs = _runs(graph, gone, measured)
+        runs = runs_to_repeat(graph, gone, measured)
         _carry_out(graph, plan)
-        equality = max((_prove(graph, run) for run in runs), key=lambda equality: equality.relative)
+        equality = prove(graph, runs, measured)
     except BaseException:
         undo()
         raise
@@ -131,45 +129,6 @@ def _exact_plan(
             zeroed |= problem.groups
 
 
-def _runs(graph: ModelGraph, gone: NDArrayBool, measured: Measured) -> list[Run]:
-    """What the masked network gave: with the choices of the trace, which leave no layer out, and with its own ones."""
-    inputs = random_like(graph.example, measured.seed)
-    free = free_run(graph, gone, inputs)
-    traced = Run(inputs, graph.trace.choices, measured.outputs[-1], measured.read)
-    # Where nothing is found, there is nothing to compare.
-    return [traced, free] if free is not None and any(x.numel() for x in [*free.outputs, *free.read]) else [traced]
-
-
-def _prove(graph: ModelGraph, run: Run) -> Equality:
-    """Compare the compact network with what the masked one gave. Raises: GraphError if it does not run, or differs."""
-    try:
-        compacted = run.repeated(graph.model)
-    except Exception as error:
-        raise GraphError(
-            f"{type(graph.model).__name__} does not run with fewer channels{user_line(error)}: {first_line(error)}. "
-            "Numbers of channels are probably fixed in its forward: take them from the tensors' shapes there, or leave "
-            "the layers before that line out (exclude). Nothing was removed"
-        ) from error
-    equality = _difference([*run.outputs, *run.read], [*compacted.outputs, *compacted.read], samples=graph.batch)
-    equality = equality.model_copy(update={"relative": max(equality.relative, _apart(run.read, compacted.read))})
-    if not equality.relative <= equality.tolerance:
-        raise GraphError(
-            f"the compact network differs from the masked one by {equality.relative:.2g} of the largest output "
-            f"(allowed {equality.tolerance:.0e}); nothing was removed. Perhaps a branch in its forward depends on "
-            "numbers of channels: take it out, use another rate, or leave layers out (exclude)"
-        )
-    return equality
-
-
-def _apart(masked: list[Tensor], compacted: list[Tensor]) -> float:
-    """The largest relative difference of what is chosen from, each relative to its own size: scores are small beside
-    boxes in pixels."""
-    largest = [float(x.abs().amax()) if x.numel() else 0.0 for x in masked]
-    least = max([1e-30, *(1e-4 * size for size in largest)])
-    pairs = zip(masked, compacted, largest, strict=True)
-    return max([float((x - y).abs().amax()) / max(size, least) for x, y, size in pairs if x.numel()], default=0.0)
-
-
 @torch.no_grad()
 def mask(graph: ModelGraph, kept: Kept) -> None:
     """Set the filters that make removed channels to zero. Their biases stay, and make constants of the channels."""
@@ -179,53 +138,6 @@ def mask(graph: ModelGraph, kept: Kept) -> None:
         if end.role == "produce" and len(index):
             weight = graph.tensor(end.tensors[0])
             weight.index_fill_(end.axis, index.to(weight.device), 0)
-
-
-def compare(a: nn.Module, b: nn.Module, example: tuple[Any, ...]) -> Equality:
-    """The largest difference between a masked network's and a compact one's outputs in evaluation mode, on noise
-    shaped like `example`.
-
-    Raises:
-        GraphError: outputs of different shapes, not finite, or without any number: there is nothing to compare.
-    """
-    return _difference(*_run_both(a, b, example), samples=int(example[0].shape[0]))
-
-
-def _run_both(a: nn.Module, b: nn.Module, example: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    inputs = random_like(example, seed=7)
-    with running(a), running(b), full_float32():
-        return tensors_in(a(*copy.deepcopy(inputs))), tensors_in(b(*copy.deepcopy(inputs)))
-
-
-def _difference(masked: list[Tensor], compacted: list[Tensor], samples: int) -> Equality:
-    shapes, others = [[tuple(x.shape) for x in outputs] for outputs in (masked, compacted)]
-    if shapes != others:
-        raise GraphError(
-            f"the outputs of the compact network have the shapes {others}, the masked one's {shapes}: numbers of "
-            "channels reach the output. Nothing was removed; leave the last layers out (exclude)"
-        )
-    if not any(x.numel() for x in masked):
-        raise GraphError("the network's output holds no tensors that could be compared; nothing was removed")
-    for outputs, which in ((masked, "masked"), (compacted, "compact")):
-        if not all(bool(x.isfinite().all()) for x in outputs):
-            raise GraphError(
-                f"the outputs of the {which} network are not finite (NaN or infinite), so that they can't be compared; "
-                "nothing was removed. Check its weights and batch norm statistics"
-            )
-    pairs = [(_number(x), _number(y)) for x, y in zip(masked, compacted, strict=True) if x.numel()]
-    largest = max(float((x - y).abs().amax()) for x, y in pairs)
-    scale = max(float(x.abs().amax()) for x, _ in pairs)
-    return Equality(
-        max_abs=largest,
-        relative=largest / max(scale, 1e-30),
-        tolerance=1e-10 if masked[0].dtype == torch.float64 else 1e-5,
-        samples=samples,
-    )
-
-
-def _number(x: Tensor) -> Tensor:
-    """Truth values and integers as float64: the former can't be subtracted."""
-    return x if x.is_floating_point() or x.is_complex() else x.double()
 
 
 def _carry_out(graph: ModelGraph, plan: _Plan) -> None:

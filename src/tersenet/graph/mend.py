@@ -96,7 +96,14 @@ class Sizes:
         return int(left[:stop].sum())
 
     def expected(self, op: int) -> list[tuple[int, ...] | None]:
-        return [self.shape(held) if held else None for held in self.found.results.get(op, [])]
+        """The shapes of an operator's results, None where it makes no channels. A size of -1 may be any: what has no
+        channels is widened to those of another tensor, and the operator that reads both will tell."""
+        shapes = [self.shape(held) if held else None for held in self.found.results.get(op, [])]
+        if self.trace.ops[op].name == "expand" and shapes and shapes[0] is not None:
+            narrow = self.trace.slots[self.trace.ops[op].args[0].slot].shape
+            narrow = (1,) * (len(shapes[0]) - len(narrow)) + narrow
+            shapes[0] = tuple(-1 if a == 1 < b else b for a, b in zip(narrow, shapes[0], strict=True))
+        return shapes
 
     def literals(self, op: Op) -> Iterator[tuple[Literal, int]]:
         """The numbers in `op` that belong to channels, with what they have to become."""
@@ -108,7 +115,8 @@ class Sizes:
         if op.name in ("view", "_unsafe_view", "reshape", "expand"):
             # A size that follows from the others is -1 or computed; one that does not change needs no attribute.
             for index, old in enumerate(op.args[1]):
-                yield Literal(op.number, 1, index, old), shapes[0][index + rank - len(op.args[1])]
+                new = shapes[0][index + rank - len(op.args[1])]
+                yield Literal(op.number, 1, index, old), new if new >= 0 else old
         elif op.name == "split":
             yield Literal(op.number, 1, None, op.args[1]), shapes[0][_dim(op, 2) % rank]
         elif op.name == "split_with_sizes":
@@ -159,9 +167,13 @@ class _Compare(TorchDispatchMode):
         if any(shape is not None for shape in shapes) and len(shapes) != len(results):
             raise _Stale(self.number, f"it makes {len(results)} tensors in place of {len(shapes)}")
         for made, shape in zip(results, shapes, strict=False):
-            if isinstance(made, Tensor) and shape is not None and tuple(made.shape) != shape:
+            if isinstance(made, Tensor) and shape is not None and not _fits(made, shape):
                 raise _Stale(self.number, f"it makes the shape {tuple(made.shape)} in place of {shape}")
         return result
+
+
+def _fits(made: Tensor, shape: tuple[int, ...]) -> bool:
+    return made.dim() == len(shape) and all(b in (-1, a) for a, b in zip(made.shape, shape, strict=True))
 
 
 def _normed(func: Any, args: Any) -> tuple[Tensor, Tensor, Tensor] | None:

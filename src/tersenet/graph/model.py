@@ -21,6 +21,9 @@ from tersenet.graph.shrink import axis_in
 from tersenet.graph.trace import Trace, tensors_in, trace
 from tersenet.graph.trial import find_fixed
 from tersenet.graph.units import ChannelGroup, Units, build_units
+from tersenet.nn.quantized import QuantizedConv2d
+from tersenet.nn.winograd import WinogradConv2d
+from tersenet.nn.winograd_quantizer import directly
 
 Kept = dict[str, IntArray]
 """Group name -> the kept units' places in the group, increasing. Groups that are not named keep everything."""
@@ -44,7 +47,8 @@ class ModelGraph:
 
     @cached_property
     def trace(self) -> Trace:
-        return trace(self.model, self.example)
+        with directly():
+            return trace(self.model, self.example)
 
     @cached_property
     def found(self) -> Labelling:
@@ -52,6 +56,7 @@ class ModelGraph:
         if self.residual == "coupled":
             return self._coupled[0]
         found = Labeller(self.model, self.trace, self.residual).run()
+        self._freeze_swapped(found)
         for op, reason in self.fixed.stuck.items():
             found.freeze_around(self.trace.ops[op], reason)
         return found
@@ -64,7 +69,16 @@ class ModelGraph:
     @cached_property
     def _coupled(self) -> tuple[Labelling, Fixed]:
         found = Labeller(self.model, self.trace, "coupled").run()
+        self._freeze_swapped(found)
         return found, find_fixed(self.model, self.example, self.trace, found)
+
+    def _freeze_swapped(self, found: Labelling) -> None:
+        """The labels are right with Winograd layers too, but no proof of equality holds through a quantizer."""
+        layer = next((n for n, m in self.model.named_modules() if isinstance(m, (WinogradConv2d, QuantizedConv2d))), "")
+        if layer:
+            reason = f"{layer} is a Winograd or quantized layer: prune before the convolutions are swapped"
+            for op in self.trace.ops:
+                found.freeze_around(op, reason)
 
     @cached_property
     def units(self) -> Units:

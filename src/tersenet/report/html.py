@@ -126,12 +126,12 @@ def _equality(step: StepResult) -> str:
     check = step.equality
     if check is None:
         return ""
-    equal = check.max_abs <= check.tolerance
+    equal = check.relative <= check.tolerance
     verdict = badge("agree" if equal else "differ", equal)
     return (
         f'<p class="small" style="margin-top:12px">{verdict} Compact and masked network on {check.samples:,} samples: '
         f"largest difference {check.max_abs:.1e}, {check.relative:.1e} of the largest output; "
-        f"tolerance {check.tolerance:.0e}.</p>"
+        f"tolerance {check.tolerance:.0e}.{text(check.remark)}</p>"
     )
 
 

@@ -73,11 +73,12 @@ def _remarks(report: Report) -> list[RenderableType]:
     for step in report.steps:
         check = step.equality
         if check is not None:
-            equal = check.max_abs <= check.tolerance
+            equal = check.relative <= check.tolerance
             text = (
                 f"Step {step.index + 1} ({f.clean(step.method)}): compact and masked network "
                 f"{'agree' if equal else 'DIFFER'} on {check.samples:,} samples, "
-                f"largest difference {check.max_abs:.1e} (tolerance {check.tolerance:.0e})."
+                f"largest difference {check.relative:.1e} of the largest output (tolerance {check.tolerance:.0e})."
+                f"{check.remark}"
             )
             lines.append(Text(text, style=_STYLES[equal]))
     notes = [*report.notes, *(note for step in report.steps for note in step.notes)]
