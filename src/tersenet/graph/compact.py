@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tersenet.errors import GraphError
+from tersenet.graph import lookup
 from tersenet.graph.constants import Measured, NotConstant, constants_of, measure, push_through
 from tersenet.graph.edits import Adapt, Keep, Resize
 from tersenet.graph.labels import End, NDArrayBool
@@ -150,7 +151,7 @@ def _carry_out(graph: ModelGraph, plan: _Plan) -> None:
         graph.apply(edit)
     for (module, name), value in plan.buffers.items():
         # New buffers are zero; taps from an earlier compaction stay, and the new ones are added.
-        holder = graph.model.get_submodule(module)
+        holder = lookup.submodule(graph.model, module)
         buffer = holder.get_buffer(name)
         setattr(holder, name, buffer + value.to(buffer))
 
@@ -175,8 +176,8 @@ def _plan(graph: ModelGraph, groups: list[ChannelGroup], gone: NDArrayBool, meas
         removed = gone[of[end.reads]]
         if not removed.any():
             continue
-        wide = np.isin(of[end.reads], [u for s, g in scattered.items() if s in end.fed_by for u in g.units])
-        incoming = ~removed | wide
+        wide = [u for s, g in scattered.items() if s in end.fed_by for u in g.units]
+        incoming = ~removed | np.isin(of[end.reads], wide) if wide else ~removed
         if (incoming & removed).any():
             wraps.setdefault(end.layer, {})["gather"] = tuple(np.flatnonzero(~removed[incoming]).tolist())
         if index in constants and bool((constants[index] != 0).any()):
@@ -200,14 +201,14 @@ def _compensate(
     producing = next(e for e in graph.ends if e.role == "produce" and e.layer == end.layer)
     # The layer's own removed filters are zero, and so is what they make of constants.
     taps = taps[torch.from_numpy(~gone[graph.units.of[producing.labels]])]
-    layer = graph.model.get_submodule(end.layer)
+    layer = lookup.submodule(graph.model, end.layer)
     mean = _mean_behind(graph.trace, end) if everywhere else None
     if everywhere and (getattr(layer, "bias", None) is not None or mean is not None):
         total = taps.reshape(len(taps), -1).sum(1)
         plan.shifts[mean or f"{end.layer}.bias"] = -total if mean else total
         return
     holder = end.layer.rpartition(".")[0]
-    adapter = graph.model.get_submodule(holder)
+    adapter = lookup.submodule(graph.model, holder)
     if not isinstance(adapter, ChannelAdapter) or "taps" not in dict(adapter.named_buffers(recurse=False)):
         holder = end.layer
         wraps.setdefault(holder, {})["taps"] = True
@@ -242,6 +243,6 @@ def silence(graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool) -> None:
 
 
 def _need_module(graph: ModelGraph, end: End, group: ChannelGroup) -> None:
-    module = graph.model.get_submodule(end.layer)
+    module = lookup.submodule(graph.model, end.layer)
     if isinstance(module, ChannelAdapter) or len(end.uses) > 1 or not end.layer:
         raise GraphError(f"{group.name} can't be put back behind {end.layer or 'the network'}; use residual: coupled")

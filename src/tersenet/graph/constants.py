@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersenet.graph import lookup
 from tersenet.graph.choices import repeating
 from tersenet.graph.labels import End, IntArray, NDArrayBool
 from tersenet.graph.model import ModelGraph, random_like
@@ -143,7 +144,7 @@ def push_through(
     Raises:
         NotConstant: a layer or a padding mode for which there is no such value.
     """
-    layer = graph.model.get_submodule(end.layer)
+    layer = lookup.submodule(graph.model, end.layer)
     removed = gone[graph.units.of[end.reads]]
     weight = (graph.tensor(end.tensors[0]) if computed is None else computed).detach().double().cpu()
     full = torch.zeros(len(removed), dtype=torch.float64)

@@ -27,6 +27,10 @@ from tersenet.graph.choices import repeating
 from tersenet.graph.edits import is_size
 from tersenet.graph.labels import Labelling, NDArrayBool, varying
 from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running, same_operator, tensors_in
+from tersenet.graph.units import Units
+
+_UNARY = frozenset("relu hardtanh leaky_relu elu silu gelu mish sigmoid tanh hardswish hardsigmoid _softmax".split())
+_BINARY = frozenset("add sub mul div".split())
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,14 @@ class Mend:
 
 @dataclass
 class Fixed:
-    """What the trial found: attributes that shrink, and operators whose channels have to stay (number -> reason)."""
+    """What the trial found: attributes that shrink, and operators whose channels have to stay (number -> reason).
+
+    `units` are those of the labels that the trial ended with.
+    """
 
     mends: list[Mend] = field(default_factory=list[Mend])
     stuck: dict[int, str] = field(default_factory=dict[int, str])
+    units: Units | None = None
 
 
 class _Stale(Exception):
@@ -161,7 +169,7 @@ class _Compare(TorchDispatchMode):
         for old, new in zip(self.trace.ops[self.number].args, args, strict=False):
             if isinstance(old, float) and isinstance(new, float) and old != new:
                 raise _Stale(self.number, f"it computes with {new:.4g} in place of {old:.4g}")
-        result: Any = _normed(func, args) or func(*args, **(kwargs or {}))
+        result: Any = _same_shape(func, args, kwargs or {})
         results: list[Any] = list(result) if isinstance(result, (list, tuple)) else [result]
         shapes = self.sizes.expected(self.number)
         if any(shape is not None for shape in shapes) and len(shapes) != len(results):
@@ -176,11 +184,21 @@ def _fits(made: Tensor, shape: tuple[int, ...]) -> bool:
     return made.dim() == len(shape) and all(b in (-1, a) for a, b in zip(made.shape, shape, strict=True))
 
 
-def _normed(func: Any, args: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What batch norm makes without values, which torch computes by a hundred small steps."""
-    if func is not torch.ops.aten.native_batch_norm.default or not args[0].is_meta or args[5]:
-        return None
-    return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+def _same_shape(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator; on meta, where torch would compute a shape by many small steps, the one it must be."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or not first.is_meta:
+        return func(*args, **kwargs)
+    name = func._schema.name.removeprefix("aten::")
+    if name == "native_batch_norm" and not args[5]:
+        return torch.empty_like(first), first.new_empty(0), first.new_empty(0)
+    second = args[1] if len(args) > 1 else None
+    alike = isinstance(second, (int, float)) or (isinstance(second, Tensor) and second.shape == first.shape)
+    if first.is_floating_point() and (name in _UNARY or (name in _BINARY and alike)):
+        return torch.empty_like(first)
+    if first.is_floating_point() and name[-1] == "_" and (name[:-1] in _UNARY or (name[:-1] in _BINARY and alike)):
+        return first
+    return func(*args, **kwargs)
 
 
 def first_difference(copy: nn.Module, example: Any, trace: Trace, sizes: Sizes) -> tuple[int, str] | None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
+from tersenet.graph import lookup
 from tersenet.graph.edits import Attribute, Keep, Resize, Slice
 from tersenet.graph.labels import End, IntArray, Labelling, NDArrayBool
 from tersenet.graph.mend import Mend, Sizes, values
@@ -64,18 +65,19 @@ def _keep(
         if len(keep) == len(left):
             continue
         for name in end.tensors:
-            axis = axis_in(end, _tensor(model, name).dim())
+            axis = axis_in(end, lookup.tensor(model, name).dim())
             if (name, axis) not in done:
                 done.add((name, axis))
-                slices.append(Slice(tensors=tuple(names[name]), axis=axis, keep=keep))
+                # Made here and not read from a file, so that nothing needs to be checked.
+                slices.append(Slice.model_construct(tensors=tuple(names[name]), axis=axis, keep=keep))
         for module, name in [a for a in end.attributes if a not in set_here]:
             set_here.add((module, name))
-            old = sizes.get((module, name), vars(model.get_submodule(module)).get(name))
+            old = sizes.get((module, name), vars(lookup.submodule(model, module)).get(name))
             new = _scaled(old, len(keep), len(left))
             if new is not None:
                 sizes[module, name] = new
-                attributes.append(Attribute(module=module, name=name, value=new))
-    return Keep(group=group.name, slices=tuple(slices), attributes=tuple(attributes))
+                attributes.append(Attribute.model_construct(module=module, name=name, value=new))
+    return Keep.model_construct(group=group.name, slices=tuple(slices), attributes=tuple(attributes))
 
 
 def all_names(model: nn.Module) -> dict[str, list[str]]:
@@ -85,11 +87,6 @@ def all_names(model: nn.Module) -> dict[str, list[str]]:
         for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
             names.setdefault(id(tensor), []).append(name)
     return {group[0]: group for group in names.values()}
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
 
 
 def _scaled(old: Any, keep: int, left: int) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.errors import GraphError
-from tersenet.graph.choices import Choice, Choices
+from tersenet.graph.choices import Choice, Choices, is_choice
 from tersenet.nn.adapter import ChannelAdapter
 
 _aten = torch.ops.aten
@@ -114,26 +114,26 @@ class Trace:
 def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode inside; afterwards every module is in the mode that it had."""
     modes = {module: module.training for module in model.modules()}
-    if any(modes.values()):
-        model.eval()
+    model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
-            if module.training != training:
-                module.training = training
+            module.training = training
 
 
 @contextmanager
 def running(model: nn.Module) -> Generator[None]:
     """How networks are run here: in evaluation mode, without gradients and without fused attention modules."""
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, ChannelAdapter):
             module.forget()
+    training = any(module.training for module in modules)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model) if training else nullcontext(), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -154,25 +154,43 @@ def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
 
 
 def _filled_trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
+    recorder = _Recorder(model, example)
+    with suppress(_Choosing):
+        found = _recorded(model, example, recorder)
+        if not recorder.choosing:
+            return found
     try:
-        return _traced(model, example, never_nothing=True)
+        return _chosen_trace(model, example, never_nothing=True)
     except _Invented:
-        return _traced(model, example, never_nothing=False)
+        return _chosen_trace(model, example, never_nothing=False)
+
+
+class _Choosing(Exception):
+    """The network chooses by values, which has to be written down: that costs time, and most don't."""
 
 
 class _Invented(Exception):
     """The network failed after a choice of nothing was made one of something."""
 
 
-def _traced(model: nn.Module, example: tuple[Any, ...], never_nothing: bool) -> Trace:
+def _chosen_trace(model: nn.Module, example: tuple[Any, ...], never_nothing: bool) -> Trace:
     choices = Choices(tensors_in(example), never_nothing=never_nothing)
-    recorder = _Recorder(model, example, choices)
     try:
-        with running(model), choices, recorder:
-            output = model(*example)
-    except Exception as error:
+        with choices:
+            return _recorded(model, example, _Recorder(model, example, choices))
+    except GraphError as error:
         if choices.filled:
             raise _Invented from error
+        raise
+
+
+def _recorded(model: nn.Module, example: tuple[Any, ...], recorder: _Recorder) -> Trace:
+    try:
+        with running(model), recorder:
+            output = model(*example)
+    except _Choosing:
+        raise
+    except Exception as error:
         raise GraphError(
             f"{type(model).__name__} can't be traced{user_line(error)}: {first_line(error)}. The example input has "
             f"shape {[tuple(x.shape) for x in example if isinstance(x, Tensor)]}; check it, and that the network and "
@@ -210,9 +228,13 @@ def refs_in(value: Any) -> list[Ref]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, example: tuple[Any, ...], choices: Choices) -> None:
+    """Writes operators down. Without `choices` it stops at the first choice by values."""
+
+    def __init__(self, model: nn.Module, example: tuple[Any, ...], choices: Choices | None = None) -> None:
         super().__init__()
-        self.found = Trace(choices=choices.made)
+        self.found = Trace(choices=choices.made if choices is not None else [])
+        self.choosing = False
+        self._choices = choices
         self._names = canonical_names(model)
         self._paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
         self._slots: dict[int, int] = {}
@@ -224,6 +246,9 @@ class _Recorder(TorchDispatchMode):
         self.found.images = frozenset(self._slot(x) for x in listed if isinstance(x, Tensor) and x.dim() == 3)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._choices is None and is_choice(func, args):
+            self.choosing = True
+            raise _Choosing
         result = func(*args, **(kwargs or {}))
         if self.found.chosen_from is None and any(choice.by_values for choice in self.found.choices[-1:]):
             self.found.chosen_from = len(self.found.ops)

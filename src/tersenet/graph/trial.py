@@ -31,7 +31,7 @@ def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace, found: 
     tried: dict[int, int] = {}
     pending: dict[int, list[Mend]] = {}
     for _ in range(MAX_TRIALS):
-        units = build_units(found)
+        units = fixed.units = build_units(found)
         gone = _some(units)
         if not gone.any():
             return fixed
@@ -54,6 +54,7 @@ def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace, found: 
             fixed.mends += pending[number]
             continue
         _stick(fixed, found, trace, number, why)
+    fixed.units = None
     # What is left after so many lines would take too long: everything stays.
     for op in trace.ops:
         fixed.stuck[op.number] = f"sizes in its code could not be found out in {MAX_TRIALS} trials"

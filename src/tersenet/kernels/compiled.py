@@ -1,0 +1,98 @@
+"""From an algorithm to functions in memory: from the cache on disk, or by LLVM."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tersenet.errors import TersenetError
+from tersenet.kernels import cache
+from tersenet.kernels.generate import TASKS, Algorithm, generate
+from tersenet.kernels.threads import Task
+
+_lock = threading.Lock()
+_loaded: dict[Algorithm, Kernels] = {}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The tasks of one algorithm, by name. The engine owns their code."""
+
+    tasks: dict[str, Task]
+    engine: Any
+
+
+def kernels(algorithm: Algorithm) -> Kernels:
+    """The compiled tasks: compiled or read from disk once in a process, whichever thread comes first.
+
+    Raises:
+        TersenetError: LLVM can't make code for this machine.
+    """
+    found = _loaded.get(algorithm)
+    if found is None:
+        with _lock:
+            found = _loaded.get(algorithm) or _load(algorithm)
+            _loaded[algorithm] = found
+    return found
+
+
+def key(algorithm: Algorithm) -> bytes:
+    """Everything that the code depends on: processor, compiler, and the generator's own text."""
+    llvm = _llvm()
+    compiler = (importlib.import_module("llvmlite").__version__, llvm.llvm_version_info, llvm.get_process_triple())
+    return repr((algorithm.name, algorithm.isa.cpu, compiler, _sources())).encode()
+
+
+def _load(algorithm: Algorithm) -> Kernels:
+    llvm = _llvm()
+    try:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        code = cache.read(algorithm.name, key(algorithm))
+        if code is None:
+            code = _compile(algorithm)
+            cache.write(algorithm.name, key(algorithm), code)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(algorithm))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        return Kernels({name: Task(engine.get_function_address(name)) for name in TASKS}, engine)
+    except RuntimeError as error:
+        raise TersenetError(f"LLVM can't make {algorithm.name} for this machine: {error}") from error
+
+
+def _compile(algorithm: Algorithm) -> bytes:
+    """Object code of the algorithm's module."""
+    llvm = _llvm()
+    module = llvm.parse_assembly(generate(algorithm))
+    machine = _machine(algorithm)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    # The code is vectorised and unrolled as it is meant to be.
+    options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return machine.emit_object(module)
+
+
+def _machine(algorithm: Algorithm) -> Any:
+    llvm = _llvm()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(cpu=algorithm.isa.cpu, opt=3, jit=True)
+
+
+def _llvm() -> Any:
+    """Imported late: where it is missing, `host` says so, and the rest of tersenet works."""
+    return importlib.import_module("llvmlite.binding")
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the files that make the code, so that an edit or another version never meets old code."""
+    digest = hashlib.sha256()
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "ops" / "cook_toom.py"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

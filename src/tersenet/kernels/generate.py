@@ -1,0 +1,64 @@
+"""The IR module of one convolution algorithm for one set of vector instructions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tersenet.errors import TersenetError
+from tersenet.kernels.blocks import block_functions
+from tersenet.kernels.host import Isa
+from tersenet.kernels.ir import Module
+from tersenet.kernels.product import product_kernels
+from tersenet.kernels.tiles import input_transforms, output_transforms
+from tersenet.ops.cook_toom import Transforms, cook_toom
+
+R = 3
+# The points of every library: pairs p, -p make the transforms cheap. Errors in float32 are below 1e-5 up to F(6, 3).
+POINTS = "lavin"
+OUTPUTS = (2, 4, 6)
+TASKS = ("run_private", "run_input", "run_product")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float" or as "half".
+
+    Raises:
+        TersenetError: another m; half weights where the processor can't convert them.
+    """
+
+    m: int
+    isa: Isa
+    weight: str = "float"
+
+    def __post_init__(self) -> None:
+        if self.m not in OUTPUTS:
+            raise TersenetError(f"m (={self.m}) of F(m x m, 3 x 3) must be one of {', '.join(map(str, OUTPUTS))}")
+        if self.weight == "half" and not self.isa.has_half:
+            raise TersenetError(f"{self.isa.name} can't convert half-precision weights; pack them as float")
+
+    @property
+    def name(self) -> str:
+        return f"winograd-f{self.m}-{POINTS}-{self.weight}-{self.isa.name}"
+
+    @property
+    def t(self) -> int:
+        return self.m + R - 1
+
+    @property
+    def transforms(self) -> Transforms:
+        return cook_toom(self.m, R, POINTS)
+
+
+def generate(algorithm: Algorithm) -> str:
+    """The text of its module; `TASKS` are the names of its functions."""
+    bits = algorithm.isa.width * 32
+    # Without these, LLVM would split 512-bit vectors in two on some processors.
+    wide = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
+    module = Module(algorithm.isa.width, wide)
+    transforms = algorithm.transforms
+    input_transforms(module, transforms)
+    output_transforms(module, transforms)
+    product_kernels(module, algorithm.isa, algorithm.weight)
+    block_functions(module, algorithm.isa, transforms, algorithm.weight)
+    return module.text()

@@ -1,0 +1,140 @@
+"""The convolution as an operator of torch, `torch.ops.tersenet.winograd_conv2d`, and as a checked function.
+
+The operator has a fake kernel, so that modules that call it go through torch.compile and torch.export. Its weight is a
+packed one, which only fits the vector instructions that it was packed for.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersenet.errors import TersenetError, UnknownNameError
+from tersenet.kernels.generate import Algorithm, R
+from tersenet.kernels.host import host
+from tersenet.kernels.layout import output_shape
+from tersenet.kernels.pack import WEIGHT_TYPES, Packed, packed_shape
+from tersenet.kernels.winograd import BOUNDS, run
+
+_library = torch.library.Library("tersenet", "FRAGMENT")
+_library.define(
+    "winograd_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? residual, SymInt[2] padding, int out_channels, "
+    "int m, str isa, str activation) -> Tensor"
+)
+
+
+def winograd_conv2d(
+    x: Tensor,
+    packed: Packed,
+    padding: tuple[int, int] = (0, 0),
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """activation(conv2d(x, weight, bias, padding=padding) + residual) by F(m x m, 3 x 3), in one pass over memory.
+
+    Args:
+        x: (N, C_in, H, W), float32, on the CPU. Channels-last memory is taken as it is, other is copied.
+        packed: What `pack` made of weight and bias.
+        padding: Zeros above and below, left and right.
+        residual: (N, C_out, H', W'), float32, or None.
+        activation: "none", "relu", "relu6" or "silu".
+
+    Returns:
+        (N, C_out, H', W') in channels-last memory; the same bits for any number of threads.
+
+    Raises:
+        TersenetError: another type, device or shape; a gradient is asked for.
+    """
+    if x.device.type not in ("cpu", "meta") or x.layout != torch.strided:
+        raise TersenetError(f"x (={x.layout} on {x.device}) must be a dense tensor on the CPU")
+    return torch.ops.tersenet.winograd_conv2d(
+        x, packed.weight, packed.bias, residual, padding, packed.out_channels,
+        packed.algorithm.m, packed.algorithm.isa.name, activation,
+    )  # fmt: skip
+
+
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    padding: list[int],
+    out_channels: int,
+    m: int,
+    isa: str,
+    activation: str,
+) -> Tensor:
+    algorithm = _algorithm(m, isa, weight.dtype)
+    pads = (padding[0], padding[1])
+    _check(x, weight, bias, residual, pads, out_channels, algorithm, activation)
+    return run(x, weight, bias, residual, pads, out_channels, algorithm, activation)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    padding: list[int],
+    out_channels: int,
+    m: int,
+    isa: str,
+    activation: str,
+) -> Tensor:
+    # Sizes may be symbols here.
+    shape = (x.shape[0], out_channels, x.shape[2] + 2 * padding[0] - R + 1, x.shape[3] + 2 * padding[1] - R + 1)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+def _no_backward(context: Any, gradient: Tensor) -> Any:
+    raise TersenetError(
+        "the generated kernels have no backward; train the network before it is lowered, "
+        "or run it under torch.inference_mode()"
+    )
+
+
+_library.impl("winograd_conv2d", _cpu, "CPU")
+torch.library.register_fake("tersenet::winograd_conv2d", _fake, lib=_library)
+torch.library.register_autograd("tersenet::winograd_conv2d", _no_backward, lib=_library)
+
+
+@functools.lru_cache(maxsize=256)
+def _algorithm(m: int, isa: str, weight: torch.dtype) -> Algorithm:
+    return Algorithm(m, host().isa(isa), "half" if weight == torch.float16 else "float")
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    padding: tuple[int, int],
+    out_channels: int,
+    algorithm: Algorithm,
+    activation: str,
+) -> None:
+    """Everything that generated code relies on: it checks nothing itself."""
+    if x.ndim != 4 or x.dtype != torch.float32:
+        raise TersenetError(f"x (={x.dtype} {tuple(x.shape)}) must be float32 and of shape (N, C_in, H, W)")
+    if activation not in BOUNDS:
+        raise UnknownNameError("activation", activation, BOUNDS)
+    expected = packed_shape(algorithm, out_channels, x.shape[1])
+    flat = (2, expected[0] * expected[3])
+    kept = WEIGHT_TYPES[algorithm.weight]
+    for name, tensor, shape, kind in (("weight", weight, expected, kept), ("bias", bias, flat, torch.float32)):
+        if tensor.shape != shape or tensor.dtype != kind or not tensor.is_contiguous():
+            raise TersenetError(
+                f"packed {name} (={tensor.dtype} {tuple(tensor.shape)}) must be contiguous, {kind} and of shape "
+                f"{shape} for {x.shape[1]} input and {out_channels} output channels on {algorithm.isa.name}: "
+                "pack it again"
+            )
+    shape = output_shape((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), out_channels, padding)
+    if min(padding) < 0 or min(shape[2:]) < 1:
+        raise TersenetError(f"x (={tuple(x.shape)}) with padding {padding} has no room for a 3x3 kernel")
+    if residual is not None and (residual.shape != shape or residual.dtype != torch.float32):
+        raise TersenetError(
+            f"residual (={residual.dtype} {tuple(residual.shape)}) must be float32 and of shape {shape}"
+        )
