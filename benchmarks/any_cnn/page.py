@@ -30,8 +30,8 @@ masked network does (with statistics over all channels: where a norm takes such,
 
 MACs are counted by torch's flop counter at the network's own input size, in detectors without the heads that run once
 for every box. Seconds are processor time of tracing, grouping, choosing and removing, tersenet's own equality check
-included, both tools in turns; there both remove the channels with their norms' scales and biases. Time left is that of a
-forward pass in float32, batch 1, one thread. Written by `python -m benchmarks.any_cnn`; do not edit.
+included, both tools in turns; there both remove the channels with their norms' scales and biases. Time left is that of
+a forward pass in float32, batch 1, one thread. Written by `python -m benchmarks.any_cnn`; do not edit.
 """
 
 

@@ -183,7 +183,8 @@ def _count(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
         model(*example)
     by_boxes = sum(sum(counts.values()) for name, counts in counter.flop_counts.items() if name.endswith(".roi_heads"))
-    return {"macs": (counter.get_total_flops() - by_boxes) // 2, "operators": sorted(str(o) for o in counter.flop_counts["Global"])}
+    operators = sorted(str(o) for o in counter.flop_counts["Global"])
+    return {"macs": (counter.get_total_flops() - by_boxes) // 2, "operators": operators}
 
 
 def traits(subject: Subject, operators: list[str]) -> dict[str, bool]:

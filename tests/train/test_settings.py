@@ -82,7 +82,7 @@ def test_cosine_after_a_warm_up_spans_what_is_left() -> None:
         ({"lr": 0}, "lr", "greater than 0"),
         ({"lr": math.nan}, "lr", "finite"),
         ({"momentum": 1}, "momentum", "less than 1"),
-        ({"optimizer": "adam"}, "optimizer", "'sgd' or 'adamw'"),
+        ({"optimizer": "lion"}, "optimizer", "'sgd', 'adam' or 'adamw'"),
         ({"epoch": 3}, "epoch", "not permitted"),
         ({"schedule": "step"}, "milestones", "needs milestones"),
         ({"milestones": (1,)}, "milestones", "need `schedule: step`, not 'constant'"),

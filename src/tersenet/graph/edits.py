@@ -1,8 +1,9 @@
 """Edits: small frozen records of what was changed, replayed on a fresh model, real or on `meta`.
 
 An edit holds everything that its replay needs (tensor names, axes, kept indices), so that a saved architecture does
-not depend on how a later version traces a network. Edits only ever shrink or wrap: one from a stranger's file can't
-make a model larger or touch anything but its tensors' axes and its integer sizes.
+not depend on how a later version traces a network. Edits only ever shrink, reorder, wrap, or swap a
+convolution for one of ours: one from a stranger's file can't make a model larger but by a few small tensors, or touch
+anything but its tensors' axes and its integer sizes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from torch import nn
 
 from tersenet.errors import GraphError
+from tersenet.graph import lookup
 from tersenet.nn.adapter import ChannelAdapter
+from tersenet.nn.group_shuffle import GroupShuffleConv2d
+from tersenet.nn.quantized import QuantizedConv2d
+from tersenet.nn.winograd import WinogradConv2d
+from tersenet.nn.winograd_settings import Quantization, WinogradSettings
 
 _RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", re.ASCII)
+_NUMBERS = re.compile(r"\d{1,8}(,\d{1,8})*", re.ASCII)
 _MAX_INDEX = 10_000_000
 # Any size that a network's own code keeps, but nothing that says how a layer computes, and nothing of nn.Module's own.
 _SIZE_NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
@@ -85,6 +92,31 @@ def format_indices(indices: tuple[int, ...]) -> str:
 
 
 Indices = Annotated[tuple[int, ...], BeforeValidator(_read_indices), PlainSerializer(format_indices)]
+
+
+def _read_order(value: object, info: ValidationInfo) -> tuple[int, ...]:
+    """`"2,0,1"` or any sequence that holds each number below its length once."""
+    if isinstance(value, str):
+        if not _NUMBERS.fullmatch(value):
+            raise ValueError(f"an order of channels must look like 2,0,1 (got {value[:40]!r})")
+        value = value.split(",")
+    try:
+        array = np.asarray(value, dtype=np.int64).reshape(-1)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"an order of channels must be of integers ({error})") from None
+    if len(array) == 0 or not np.array_equal(np.sort(array), np.arange(len(array))):
+        raise ValueError("an order of channels must hold each number below its length once")
+    budget = _budget(info)
+    if budget is not None:
+        budget.take(len(array))
+    return tuple(array.tolist())
+
+
+def _format_order(order: tuple[int, ...]) -> str:
+    return ",".join(map(str, order))
+
+
+Order = Annotated[tuple[int, ...], BeforeValidator(_read_order), PlainSerializer(_format_order)]
 
 
 class _Edit(BaseModel):
@@ -200,18 +232,97 @@ class Adapt(_Edit):
         if tensor is not None and not tensor.is_meta:
             adapter.to(device=tensor.device, dtype=tensor.dtype)
         adapter.train(layer.training)
-        # A module may be registered under several names; it is one layer, and stays one.
-        for place in [name for name, child in model.named_modules(remove_duplicate=False) if child is layer]:
-            parent, _, name = place.rpartition(".")
-            setattr(find_module(model, parent), name, adapter)
+        _replace(model, layer, adapter)
 
 
-Edit = Annotated[Keep | Resize | Adapt, Field(discriminator="kind")]
+class Axis(_Edit):
+    """One axis of these tensors, which are one tensor under several names."""
+
+    tensors: Annotated[tuple[Name, ...], Field(min_length=1)]
+    axis: int = Field(ge=0, le=5)
+
+
+class Reorder(_Edit):
+    """Put the channels of a group in another order, everywhere they occur. The network computes the same."""
+
+    kind: Literal["reorder"] = "reorder"
+    group: Annotated[str, Field(max_length=512)]
+    order: Order
+    axes: tuple[Axis, ...]
+
+    def replay(self, model: nn.Module) -> None:
+        for part in self.axes:
+            new: dict[int, torch.Tensor] = {}
+            for name in part.tensors:
+                _slice_tensor(model, name, part.axis, self.order, new, whole=True)
+
+
+class Group(_Edit):
+    """Make a convolution a grouped one, of `groups` equal blocks of its channels in these orders."""
+
+    kind: Literal["group"] = "group"
+    module: Name
+    groups: int = Field(ge=2, le=65536)
+    rows: Order
+    columns: Order
+
+    def replay(self, model: nn.Module) -> None:
+        layer = find_module(model, self.module)
+        if type(layer) is not nn.Conv2d or layer is model:
+            raise GraphError(f"edit groups {self.module!r}, a {type(layer).__name__}; only a plain Conv2d can be")
+        if (len(self.rows), len(self.columns)) != (layer.out_channels, layer.in_channels):
+            raise GraphError(
+                f"edit orders {len(self.rows)} x {len(self.columns)} channels of {self.module!r}, which has "
+                f"{layer.out_channels} x {layer.in_channels}"
+            )
+        _replace(model, layer, GroupShuffleConv2d.from_conv(layer, self.groups, self.rows, self.columns))
+
+
+class Winograd(_Edit):
+    """Compute a plain convolution by Winograd's F(m, r), with these settings."""
+
+    kind: Literal["winograd"] = "winograd"
+    module: Name
+    settings: WinogradSettings
+
+    def replay(self, model: nn.Module) -> None:
+        conv = _plain_convolution(model, self.module)
+        _replace(model, conv, WinogradConv2d.from_conv(conv, self.settings))
+
+
+class Quantize(_Edit):
+    """Fake-quantize input, weight and output of a plain convolution."""
+
+    kind: Literal["quantize"] = "quantize"
+    module: Name
+    quantization: Quantization
+
+    def replay(self, model: nn.Module) -> None:
+        conv = _plain_convolution(model, self.module)
+        _replace(model, conv, QuantizedConv2d.from_conv(conv, self.quantization))
+
+
+Edit = Annotated[Keep | Resize | Adapt | Reorder | Group | Winograd | Quantize, Field(discriminator="kind")]
+
+
+def _plain_convolution(model: nn.Module, name: str) -> nn.Conv2d:
+    """Raises: GraphError unless it is an nn.Conv2d itself: a subclass computes something else."""
+    layer = find_module(model, name)
+    if type(layer) is not nn.Conv2d or layer is model:
+        raise GraphError(f"edit swaps {name!r}, a {type(layer).__name__}; it must be an nn.Conv2d inside the network")
+    return layer
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    # A module may be registered under several names; it is one layer, and stays one.
+    for place in [name for name, child in model.named_modules(remove_duplicate=False) if child is old]:
+        parent, _, name = place.rpartition(".")
+        setattr(find_module(model, parent), name, new)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
     try:
-        return model.get_submodule(name)
+        return lookup.submodule(model, name)
     except AttributeError as error:
         raise GraphError(f"edit names the module {name!r}, which this network does not have") from error
 
@@ -225,15 +336,24 @@ def _check_count(
         raise GraphError(f"edit puts {len(indices)} channels around {name!r}, which {verb} {known}")
 
 
-def _slice_tensor(model: nn.Module, name: str, axis: int, keep: tuple[int, ...], made: dict[int, torch.Tensor]) -> None:
-    """Cut one tensor. `made` are those of this slice, by the id of the old one: names of one tensor stay so."""
+def _slice_tensor(
+    model: nn.Module,
+    name: str,
+    axis: int,
+    keep: tuple[int, ...],
+    made: dict[int, torch.Tensor],
+    whole: bool = False,
+) -> None:
+    """Cut one tensor, or with `whole` only put it in order. `made` are those of this slice, by the id of the old one:
+    names of one tensor stay so."""
     owner_name, _, leaf = name.rpartition(".")
     owner = find_module(model, owner_name)
-    own = dict([*owner.named_parameters("", False, False), *owner.named_buffers("", False, False)])
-    tensor = own.get(leaf)
+    tensor = lookup.own_tensor(owner, leaf)
     if tensor is None:
         raise GraphError(f"edit names the tensor {name!r}, which this network does not have")
-    if axis >= tensor.dim() or not keep or keep[-1] >= tensor.shape[axis]:
+    if whole and (axis >= tensor.dim() or len(keep) != tensor.shape[axis]):
+        raise GraphError(f"edit orders {len(keep)} places of axis {axis} of {name!r}, of shape {tuple(tensor.shape)}")
+    if not whole and (axis >= tensor.dim() or not keep or keep[-1] >= tensor.shape[axis]):
         last = keep[-1] if keep else "nothing"
         raise GraphError(f"edit keeps index {last} of axis {axis} of {name!r}, whose shape is {tuple(tensor.shape)}")
     if id(tensor) not in made:

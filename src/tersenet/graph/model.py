@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tersenet.errors import GraphError
+from tersenet.graph import lookup
 from tersenet.graph.copies import copied
 from tersenet.graph.edits import Edit
 from tersenet.graph.labels import End, IntArray, Labeller, Labelling, NDArrayBool, Residual
@@ -82,7 +83,8 @@ class ModelGraph:
 
     @cached_property
     def units(self) -> Units:
-        return build_units(self.found)
+        known = self.fixed.units if self.residual == "coupled" else None
+        return known or build_units(self.found)
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -191,8 +193,7 @@ class ModelGraph:
         return alive
 
     def tensor(self, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.model.get_submodule(owner), leaf)
+        return lookup.tensor(self.model, name)
 
     def frozen_groups(self) -> dict[str, str]:
         """Group name -> why it can't be pruned."""

@@ -2,6 +2,7 @@
 
 1 MAC is one multiply-add. Convolutions, linear layers and matrix products are counted, by torch's own flop formulas
 (2 flops per MAC); bias, normalisation, activations and pooling are not. Padding counts as if it were data.
+Convolutions by Winograd's algorithm count as direct ones: `winograd_table` has their multiplications.
 Counts are for one forward of the example as given: an example with a batch of 1 gives the figures that papers state.
 """
 
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tersenet.measuring.meta import meta_copy, meta_example, run_on_meta, tensors_in
+from tersenet.nn.winograd_quantizer import directly
 
 # Operators that multiply and add; one of these without a formula is reported, never silently zero.
 _HEAVY = re.compile(
@@ -47,7 +49,7 @@ def count_macs(model: nn.Module, example: Any) -> tuple[int, list[str]]:
 
     Raises: TersenetError if the network needs the values of its tensors, or does not take this example.
     """
-    with _Uncounted() as uncounted, _counter() as counter:
+    with directly(), _Uncounted() as uncounted, _counter() as counter:
         run_on_meta(meta_copy(model), meta_example(example))
     return counter.get_total_flops() // 2, sorted(uncounted.names)
 
@@ -61,7 +63,7 @@ def layer_table(model: nn.Module, example: Any) -> dict[str, LayerCost]:
     Raises: as `count_macs`.
     """
     copied = meta_copy(model)
-    with _counter() as counter:
+    with directly(), _counter() as counter:
         tally = _Tally(lambda: counter.get_total_flops() // 2)
         tally.watch(copied, "")
         run_on_meta(copied, meta_example(example))

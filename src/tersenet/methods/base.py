@@ -80,7 +80,8 @@ class Method(BaseModel):
 
 
 class TrainingMethod(Method):
-    """Base of methods that train: `apply` only checks, then comes a fit with `hooks`, then `finish`."""
+    """Base of methods that train: `apply` checks, and swaps what has to be trained; then comes a fit with `hooks`, then
+    `finish`."""
 
     fit: Fit
     """The training."""

@@ -15,6 +15,10 @@ _IMAGENET = (3, 224, 224)
 _RESNET = "He et al. 2016, Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385"
 _PRERESNET = "He et al. 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027"
 _VGG = "Simonyan and Zisserman 2015, Very Deep Convolutional Networks, https://arxiv.org/abs/1409.1556"
+_WINOGRAD = "Fernandez-Marques et al. 2020, Winograd-aware Quantized Networks, https://arxiv.org/abs/2002.10711"
+_LENET = "LeCun et al. 1998, Gradient-Based Learning Applied to Document Recognition, https://doi.org/10.1109/5.726791"
+_SQUEEZENET = "Iandola et al. 2016, SqueezeNet, https://arxiv.org/abs/1602.07360"
+_RESNEXT = "Xie et al. 2017, Aggregated Residual Transformations, https://arxiv.org/abs/1611.05431"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ def _entries() -> Iterator[Entry]:
         yield _cifar(name, "preresnet_cifar:preresnet_cifar", family, _PRERESNET, depth=depth, bottleneck=depth == 164)
     for depth in (11, 13, 16, 19):
         yield _cifar(f"vgg{depth}_bn_cifar", "vgg:vgg_cifar", "CIFAR VGG", _VGG, depth=depth)
+    yield _cifar("winograd_resnet18", "winograd_resnet:winograd_resnet18", "Winograd-aware ResNet", _WINOGRAD)
+    yield _cifar("lenet5", "lenet:lenet5", "LeNet", _LENET)
+    yield _cifar("squeezenet_cifar", "squeezenet_cifar:squeezenet_cifar", "CIFAR SqueezeNet", _SQUEEZENET)
+    yield _cifar("resnext20_8x16", "resnext_cifar:resnext_cifar", "CIFAR ResNeXt", _RESNEXT, depth=20, groups=8)
     for depth in (18, 34, 50, 101, 152):
         yield _imagenet(f"resnet{depth}", "resnet:resnet", "ResNet", _RESNET, depth=depth)
     for batch_norm, suffix in ((False, ""), (True, "_bn")):

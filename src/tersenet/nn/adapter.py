@@ -63,7 +63,7 @@ class ChannelAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         axis = -1 if isinstance(self.inner, nn.Linear) else 1
         if self.gather is not None:
-            x = _select(x, axis, self.gather)
+            x = select_channels(x, axis, self.gather)
         y = self.inner(x)
         if self.taps is not None:
             # In place: a convolution's output is nobody else's, and its gradient does not need it.
@@ -117,7 +117,7 @@ def _nhwc(x: Tensor, axis: int) -> bool:
     return axis == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _select(x: Tensor, axis: int, index: Tensor) -> Tensor:
+def select_channels(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """`index_select` that keeps NHWC memory order: the next convolution would pay for turning it back."""
     if _nhwc(x, axis):
         return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)

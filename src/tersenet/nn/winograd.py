@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import TersenetError
-from tersenet.nn.winograd_quantizer import FakeQuantizer
+from tersenet.nn.winograd_quantizer import FakeQuantizer, is_direct
 from tersenet.nn.winograd_settings import Quantizer, WinogradSettings
 from tersenet.nn.winograd_transforms import TransformMatrices
 from tersenet.ops.fake_quantize import empty_range
@@ -63,8 +63,10 @@ class WinogradConv2d(nn.Conv2d):
         self.quantizers = nn.ModuleDict(
             {name: FakeQuantizer(s, self._scales(name, s), _TITLES[name]) for name, s in found.items() if s}
         )
+        # Of a layer without data these stay real: exact transforms follow from the settings, no file will fill them.
+        where = None if self.weight.is_meta else self.weight.device
         for module in (self.transforms, self.quantizers):
-            module.to(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+            module.to(device=where, dtype=torch.promote_types(self.weight.dtype, torch.float32))
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, settings: WinogradSettings | None = None) -> Self:
@@ -93,6 +95,8 @@ class WinogradConv2d(nn.Conv2d):
         )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if is_direct():
+            return super()._conv_forward(input, weight, bias)
         if input.dim() == 3:
             return self._conv_forward(input[None], weight, bias)[0]
         if input.dim() != 4 or input.shape[1] != self.in_channels:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,25 @@ from tersenet.errors import TersenetError
 from tersenet.nn.winograd_settings import Quantizer
 from tersenet.ops.fake_quantize import Rounding, empty_range, fake_quantize, learned_scale, scale_of
 from tersenet.ops.winograd import Stage
+
+_direct = False
+
+
+def is_direct() -> bool:
+    """Whether this is inside `directly`."""
+    return _direct
+
+
+@contextmanager
+def directly() -> Generator[None]:
+    """Inside, Winograd and quantized layers are plain convolutions: for tracing, and for counting multiply-adds as for
+    any other network. No range is needed or observed."""
+    global _direct
+    before, _direct = _direct, True
+    try:
+        yield
+    finally:
+        _direct = before
 
 
 class FakeQuantizer(nn.Module):
@@ -83,6 +104,14 @@ class FakeQuantizer(nn.Module):
             )
         if self.log2_scale is not None and not torch.isfinite(self.log2_scale).all():
             raise TersenetError(f"the learned scale of the {self.name} is not finite; use a lower learning rate for it")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """torch takes a range of five axes for a video, and fails to put it in channels_last order."""
+
+        def flat(t: Tensor) -> Tensor:
+            return fn(t.flatten()).view(t.shape) if t.dim() == 5 else fn(t)
+
+        return super()._apply(flat, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         values = state_dict.get(prefix + "range")

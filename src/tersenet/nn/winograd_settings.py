@@ -77,12 +77,19 @@ def _listed(points: object) -> object:
     return tuple(str(point) for point in points) if isinstance(points, list | tuple) else points
 
 
+# Short ones: settings are read from files of strangers too, and 1e999999999 is a number that fills the memory.
+Point = Annotated[str, Field(max_length=12, pattern=r"^-?[0-9]+(/[0-9]*[1-9][0-9]*|\.[0-9]+)?$")]
+Points = Annotated[
+    Annotated[str, Field(max_length=32)] | Annotated[tuple[Point, ...], Field(max_length=24)], BeforeValidator(_listed)
+]
+
+
 class WinogradSettings(_Settings):
     """F(m, r), and how the layer may change it."""
 
     tile: int = Field(default=4, ge=1, le=8)
     """m: outputs of a tile along each axis."""
-    points: Annotated[str | tuple[str, ...], BeforeValidator(_listed)] = "balanced"
+    points: Points = "balanced"
     """A named point set (`tersenet winograd info F4`), or the m + r - 2 finite points as fractions."""
     flex: Flex = "static"
     """`static`: the transforms stay. `full`: A, B and G are trained freely (the paper); the layer stops being a

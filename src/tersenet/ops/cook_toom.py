@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 from tersenet.errors import TersenetError, UnknownNameError
 
@@ -127,9 +128,15 @@ def cook_toom(m: int, r: int, points: str | Sequence[Fraction | int | str] = "ba
     if points == "reference":
         return reference(m, r)
     chosen = _named(m, r, points) if isinstance(points, str) else _own(m, r, points)
-    made = _build(m, r, chosen)
+    return _checked(m, r, tuple(chosen))
+
+
+@cache
+def _checked(m: int, r: int, points: tuple[Fraction, ...]) -> Transforms:
+    """Kept, since a network asks for the same few again and again."""
+    made = _build(m, r, points)
     if not made.is_exact():
-        raise TersenetError(f"F({m}, {r}) at the points {text(chosen)} is not exact; this is a fault of tersenet")
+        raise TersenetError(f"F({m}, {r}) at the points {text(points)} is not exact; this is a fault of tersenet")
     return made
 
 

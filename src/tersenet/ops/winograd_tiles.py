@@ -176,7 +176,11 @@ def _spaced(weight: Tensor, at: Geometry) -> Tensor:
 
 
 def output_image(tiles: Tensor, at: Geometry, size: tuple[int, int, int], channels_last: bool) -> Tensor:
-    """(m, m, groups, N', tiles, tiles, K') -> (N, K, H', W'). `size` is the input's N, H, W."""
+    """(m, m, groups, N', tiles, tiles, K') -> (N, K, H', W'). `size` is the input's N, H, W.
+
+    Never a view of another tensor where nothing is cropped: autograd forbids in-place operators, such as a ReLU's, on
+    views that a function of ours returns. What is cropped has to be copied by the caller.
+    """
     n, h, w = size
     dh, dw = at.axis(0)[2], at.axis(1)[2]
     rows, columns = tiles.shape[4] * at.tile * dh, tiles.shape[5] * at.tile * dw
@@ -184,10 +188,14 @@ def output_image(tiles: Tensor, at: Geometry, size: tuple[int, int, int], channe
     y = tiles.unflatten(3, (n, dh, dw))
     # m, m, g, n, dh, dw, rows, columns, k -> (rows, m, dh), (columns, m, dw) and (g, k)
     if channels_last:
-        y = y.permute(3, 6, 0, 4, 7, 1, 5, 2, 8).reshape(n, rows, columns, channels).permute(0, 3, 1, 2)
+        y = y.permute(3, 6, 0, 4, 7, 1, 5, 2, 8)
+        order = torch.channels_last
+        image = torch.empty(n, channels, rows, columns, dtype=y.dtype, device=y.device, memory_format=order)
+        image.permute(0, 2, 3, 1).view(y.shape).copy_(y)
     else:
-        y = y.permute(3, 2, 8, 6, 0, 4, 7, 1, 5).reshape(n, channels, rows, columns)
-    return y[:, :, : at.out(h, 0), : at.out(w, 1)]
+        image = y.permute(3, 2, 8, 6, 0, 4, 7, 1, 5).reshape(n, channels, rows, columns)
+    height, width = at.out(h, 0), at.out(w, 1)
+    return image if (height, width) == (rows, columns) else image[:, :, :height, :width]
 
 
 def output_image_adjoint(y: Tensor, at: Geometry, h: int, w: int) -> Tensor:

@@ -27,12 +27,12 @@ class Fit(_Settings):
 
     epochs: int = Field(ge=1)
     """Passes over the training split."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` (with momentum) or `adamw`."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """`sgd` (with momentum), `adam` (weight decay in the gradient) or `adamw`."""
     lr: float = Field(default=0.1, gt=0)
     """Learning rate before the schedule; schedule `list` does not use it."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of SGD; `adamw` does not use it."""
+    """Of SGD; the others do not use it."""
     nesterov: bool = True
     """Nesterov's form of SGD's momentum; without momentum it means nothing."""
     weight_decay: float = Field(default=5e-4, ge=0)

@@ -1,0 +1,82 @@
+"""What every item costs the network's outputs for every number of units left: measured at a few, fitted between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tersenet.calibration.allocation import Curves
+from tersenet.calibration.choose import Choice, made_by
+from tersenet.calibration.items import Item
+from tersenet.calibration.refit import curve
+from tersenet.calibration.sampling import Statistics
+from tersenet.calibration.solver import Solver
+from tersenet.train import distributed
+
+_LEFT = (0.25, 0.5, 0.75)  # shares of units left at which the damage to the outputs is measured
+_BYTES = 1 << 30  # of second moments at once
+
+
+def measured_curves(solver: Solver, items: Sequence[Item]) -> Curves:
+    """For each item alone, the rest being whole: (size + 1,) damage to the outputs, never rising with the units left.
+
+    The response error of the layers that read it is known for every number of units. The network says, at a few
+    numbers, how much damage one unit of this error does; between them that is interpolated.
+    """
+    found: Curves = {}
+    for part in _within_memory(solver, items):
+        readers = {reader.end: reader for item in part for reader in item.readers}
+        known = solver.statistics(list(readers.values())) if readers else {}
+        for item in part:
+            found[item.name] = _curve(solver, item, known)
+    return found
+
+
+def _curve(solver: Solver, item: Item, known: dict[int, Statistics]) -> NDArray[np.float64]:
+    choice = solver.choice(item, known)
+    errors = _errors(solver, item, known, choice)
+    counts = sorted({max(1, round(share * item.size)) for share in _LEFT} - {item.size})
+    factors: list[float] = []
+    for count in counts:
+        with solver.trial(item):
+            solver.remove(item, choice, count)
+            if solver.reconstruct:
+                for reader in item.readers:
+                    solver.fit(reader, known[reader.end])
+            factors.append(solver.damage() / max(errors[count], 1e-9))
+    if not counts:
+        return errors
+    damage = torch.from_numpy(errors * np.interp(np.arange(item.size + 1), counts, factors))
+    distributed.broadcast([damage])
+    return np.maximum.accumulate(damage.numpy()[::-1])[::-1].copy()
+
+
+def _errors(solver: Solver, item: Item, known: dict[int, Statistics], choice: Choice) -> NDArray[np.float64]:
+    """Mean over the readers of the share of their responses that is missed; without one, of the filters' squares."""
+    if not item.readers:
+        squares = made_by(solver.graph, item)[choice.order].square()
+        return np.concatenate([[1.0], 1 - (squares.cumsum(0) / squares.sum()).numpy()]).clip(0)
+    curves = [curve(solver.graph, r, known[r.end], item.units, choice.order, solver.gone) for r in item.readers]
+    return torch.stack(curves).mean(0).numpy()
+
+
+def _within_memory(solver: Solver, items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Items in parts whose moments fit into memory together; one part is one pass over the images."""
+    part: list[Item] = []
+    ends: dict[int, int] = {}
+    for item in items:
+        own = {r.end: _bytes(solver, r.layer) for r in item.readers}
+        if part and sum((ends | own).values()) > _BYTES:
+            yield part
+            part, ends = [], {}
+        part.append(item)
+        ends |= own
+    if part:
+        yield part
+
+
+def _bytes(solver: Solver, layer: str) -> int:
+    return 8 * solver.graph.model.get_parameter(f"{layer}.weight")[0].numel() ** 2

@@ -1,0 +1,263 @@
+"""Second moments of what layers read and should put out, over seeded calibration images and positions.
+
+The inputs come from the network as it is, the wanted outputs from the original one on the same images and positions:
+what earlier layers lost is part of what a later one can make up for. Where a residual sum follows, the wanted output
+also makes up for what the other operand has lost.
+
+Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, sections 3.2 and 3.3.
+Differs: what is stored are sampled rows, on disk; each pass runs the network as far as it has to. Targets are taken
+behind the batch norm that follows a layer, so that errors count by what they become there, and scales near zero do no
+harm.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.calibration.readers import Reader, outputs_left, through_norm
+from tersenet.data.bundle import Loader, first_tensor
+from tersenet.errors import TersenetError
+from tersenet.graph.labels import NDArrayBool
+from tersenet.graph.model import ModelGraph
+from tersenet.graph.replay import Action, replay
+from tersenet.ops.gram import Moments
+from tersenet.ops.rows import conv_rows, draw_positions, output_rows
+from tersenet.train.batch import move
+
+Statistics = list[Moments | None]
+"""One for each group of a convolution; None where none of its outputs is left."""
+
+
+class _Enough(Exception):
+    """Everything wanted of this batch was seen."""
+
+
+@dataclass
+class Images:
+    """The first `images` training images of epoch 0 and `positions` of each layer's outputs for each of them.
+
+    Both follow from `seed` and are the same in every pass.
+    """
+
+    loader: Loader
+    images: int
+    positions: int
+    seed: int
+    device: torch.device
+
+    def batches(self) -> Iterator[tuple[Any, ...]]:
+        """Inputs of the network, at most `images` of them.
+
+        Raises:
+            TersenetError: batches of named inputs.
+        """
+        left = self.images
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for inputs, _ in self.loader.batches(0):
+                if isinstance(inputs, dict):
+                    raise TersenetError("calibration takes batches of one tensor or of several in order, not a dict")
+                several = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+                yield tuple(move([x[:left] for x in several], self.device))
+                left -= len(first_tensor(inputs))
+                if left <= 0:
+                    return
+
+    def seen(self) -> int:
+        """How many there are."""
+        return min(self.images, self.loader.n)
+
+
+def statistics(
+    graph: ModelGraph, targets: Targets | None, readers: Sequence[Reader], images: Images, gone: NDArrayBool
+) -> dict[int, Statistics]:
+    """End of each reader -> the moments of what it reads in `graph.model` and of what it should give.
+
+    One pass over the images, up to the last of the readers. Without `targets` the network as it is says what is wanted.
+
+    Raises:
+        StatisticsError: values that are not finite, with the layer's name.
+        GraphError: a network that runs other operators on these images than on its example.
+    """
+    found = {reader.end: _empty(graph, reader, gone) for reader in readers}
+    for number, batch in enumerate(images.batches()):
+        read = _Seen(graph, readers, _Places(images, number, batch), outputs=targets is None)
+        read.run(graph.model, batch)
+        for reader in readers:
+            for use in reader.uses:
+                if targets is None:
+                    wanted = _behind_norm(graph.model, reader, read.outputs[use])
+                else:
+                    wanted, other = targets.load(number, use)
+                    if other is not None:
+                        # First the difference: equal shortcuts leave the target as it is, to the bit.
+                        wanted = wanted + (other - read.others[use])
+                _add(graph, reader, found[reader.end], read.inputs[use], wanted, gone)
+    return found
+
+
+class Targets:
+    """What the layers of the original network give, and the other operands of their sums, on disk: one pass of it.
+
+    The folder is deleted with the object.
+    """
+
+    def __init__(self, graph: ModelGraph, readers: Sequence[Reader], images: Images) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tersenet-")
+        for number, batch in enumerate(images.batches()):
+            seen = _Seen(graph, readers, _Places(images, number, batch), inputs=False)
+            seen.run(graph.model, batch)
+            for reader in readers:
+                for use in reader.uses:
+                    wanted = _behind_norm(graph.model, reader, seen.outputs[use])
+                    torch.save((wanted, seen.others.get(use)), self._file(number, use))
+
+    def load(self, batch: int, use: int) -> tuple[Tensor, Tensor | None]:
+        """Rows of outputs, behind the batch norm if one follows, and of what is added to them."""
+        return torch.load(self._file(batch, use), weights_only=True)
+
+    def _file(self, batch: int, use: int) -> Path:
+        return Path(self._folder.name) / f"{batch}-{use}.pt"
+
+
+def _behind_norm(model: nn.Module, reader: Reader, rows: Tensor) -> Tensor:
+    affine = through_norm(model, reader)
+    return rows if affine is None else rows * affine[0].to(rows) + affine[1].to(rows)
+
+
+def _empty(graph: ModelGraph, reader: Reader, gone: NDArrayBool) -> Statistics:
+    left = outputs_left(graph, reader, gone).view(reader.groups, -1).sum(1).tolist()
+    inputs = _weight(graph.model, reader)[0].numel()
+    return [Moments(reader.layer, inputs, count) if count else None for count in left]
+
+
+def _add(graph: ModelGraph, reader: Reader, found: Statistics, x: Tensor, y: Tensor, gone: NDArrayBool) -> None:
+    left = outputs_left(graph, reader, gone).view(reader.groups, -1).to(y.device)
+    for group, moments in enumerate(found):
+        if moments is None:
+            continue
+        inputs = x.view(len(x), reader.groups, -1)[:, group]
+        wanted = y.view(len(y), reader.groups, -1)[:, group][:, left[group]]
+        moments.add(inputs, wanted)
+        if not has_intercept(graph.model, reader):
+            # Mirrored rows have the mean zero, so that the best intercept is none.
+            moments.add(-inputs, -wanted)
+
+
+def has_intercept(model: nn.Module, reader: Reader) -> bool:
+    """Whether there is a bias, or a batch norm's mean, that takes up an intercept."""
+    return reader.norm is not None or getattr(model.get_submodule(reader.layer), "bias", None) is not None
+
+
+def _weight(model: nn.Module, reader: Reader) -> Tensor:
+    return model.get_parameter(f"{reader.layer}.weight")
+
+
+class _Places:
+    """Positions for each use of a layer, drawn when they are first asked for: the same for both networks."""
+
+    def __init__(self, images: Images, number: int, batch: tuple[Any, ...]) -> None:
+        self.images, self.batch, self.count = images, number, len(first_tensor(batch))
+        self._drawn: dict[int, Tensor] = {}
+
+    def of(self, use: int, count: int, places: int, per_image: int) -> Tensor:
+        if use not in self._drawn:
+            seed = hash((self.images.seed, self.batch, use)) % (1 << 62)
+            self._drawn[use] = draw_positions(count, places, per_image, torch.Generator().manual_seed(seed))
+        return self._drawn[use]
+
+
+class _Seen:
+    """Rows of inputs, outputs and other operands of sums, by the use that they belong to."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        readers: Sequence[Reader],
+        places: _Places,
+        *,
+        inputs: bool = True,
+        outputs: bool = True,
+    ) -> None:
+        self.graph, self.places = graph, places
+        self.keeps_outputs, self.keeps_inputs = outputs, inputs
+        self.last = max(reader.last for reader in readers)
+        self.inputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self.others: dict[int, Tensor] = {}
+        self.actions: dict[int, Action] = {}
+        for reader in readers:
+            for use in reader.uses:
+                self.actions[use] = self._layer(reader, use)
+            if reader.sum is not None:
+                self.actions[reader.sum[0]] = self._sum(reader, self.actions.get(reader.sum[0]))
+
+    def run(self, model: nn.Module, batch: tuple[Any, ...]) -> None:
+        """As far as it has to."""
+        before = self.actions[self.last]
+
+        def stop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            before(func, args, kwargs)
+            raise _Enough
+
+        try:
+            replay(model, self.graph.trace, batch, {**self.actions, self.last: stop})
+        except _Enough:
+            return
+
+    def _layer(self, reader: Reader, use: int) -> Action:
+        argument = self.graph.ends[reader.end].reads_argument
+
+        def look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result: Tensor = func(*args, **kwargs)
+            x: Tensor = args[argument].detach()
+            if result.dim() == 2:
+                most = self.places.images.positions * self.places.count
+                rows = self.places.of(use, 1, len(x), most)[0].to(x.device)
+                x, y = x[rows], result.detach()[rows]
+            else:
+                flat = result.detach().flatten(2)[:, :, None]
+                at = self.places.of(use, len(x), flat.shape[3], self.places.images.positions)
+                y = output_rows(flat, at)
+                if self.keeps_inputs:
+                    x = _conv_inputs(x, args, at)
+            if self.keeps_inputs:
+                self.inputs[use] = x
+            if self.keeps_outputs:
+                self.outputs[use] = y
+            return result
+
+        return look
+
+    def _sum(self, reader: Reader, inner: Action | None) -> Action:
+        assert reader.sum is not None
+        place, use = reader.sum[1], reader.uses[0]
+
+        def look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            other = args[place].detach().flatten(2)[:, :, None]
+            self.others[use] = output_rows(other, self.places.of(use, 0, 0, 0))
+            return func(*args, **kwargs) if inner is None else inner(func, args, kwargs)
+
+        return look
+
+
+def _conv_inputs(x: Tensor, args: tuple[Any, ...], at: Tensor) -> Tensor:
+    """Rows of what a convolution's operator reads; of a 1d one, as of an image that is one value high."""
+    kernel = tuple(args[1].shape[2:])
+    flat = len(kernel) == 1
+    if flat:
+        x = x[:, :, None]
+
+    def pair(index: int, missing: int) -> tuple[int, int]:
+        values = tuple(args[index])
+        return (missing, values[0]) if flat else (values[0], values[-1])
+
+    size = (1, kernel[0]) if flat else (kernel[0], kernel[1])
+    return conv_rows(x, size, at, stride=pair(3, 1), padding=pair(4, 0), dilation=pair(5, 1))

@@ -1,0 +1,155 @@
+"""The convolutions of a network as Winograd's algorithm sees them: which can be swapped, and what that saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tersenet.graph.edits import Quantize, Winograd
+from tersenet.graph.model import ModelGraph
+from tersenet.graph.trace import evaluating
+from tersenet.nn.quantized import QuantizedConv2d
+from tersenet.nn.winograd import WinogradConv2d
+from tersenet.nn.winograd_quantizer import directly
+from tersenet.ops.winograd_tiles import Geometry
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution that ran. `inputs` and `outputs` are the shapes (N, C, H, W) of its first pass."""
+
+    name: str
+    module: nn.Conv2d
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def taps(self) -> int:
+        """r of F(m, r): of a stride of 2, each phase has half of the filter."""
+        return self._geometry(1).taps
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Height and width of the map that tiles are cut from: of a dilation, each phase's."""
+        return tuple(-(-size // d) for size, d in zip(self.outputs[2:], self.module.dilation, strict=True))
+
+    def multiplications(self, tile: int | None = None) -> int:
+        """Products per image: of F(tile, r), tiles beyond the map's border included; None is the direct convolution."""
+        conv = self.module
+        channels = conv.in_channels // conv.groups * conv.out_channels
+        if tile is None:
+            return prod(self.outputs[2:]) * prod(conv.kernel_size) * channels
+        strides = prod(self._geometry(tile).axis(axis)[1] for axis in (0, 1))
+        tiles = prod(d * -(-side // tile) for side, d in zip(self.sides, conv.dilation, strict=True))
+        return tiles * (tile + self.taps - 1) ** 2 * strides * channels
+
+    def hindrance(self, strided: bool) -> str | None:
+        """Why it can't, or should not, be a Winograd layer; None if it can."""
+        conv = self.module
+        kernel = "x".join(map(str, conv.kernel_size))
+        if conv.kernel_size[0] != conv.kernel_size[1]:
+            return f"its kernel {kernel} is not square"
+        if conv.kernel_size[0] == 1:
+            return "1x1: there is nothing to save"
+        if conv.kernel_size[0] > 7:
+            return f"its kernel {kernel} is above 7x7: the transforms would lose too many digits"
+        if conv.groups > 1 and conv.groups == conv.in_channels:
+            return "depthwise: the transforms would cost more than they save"
+        if max(conv.stride) > 1 and not strided:
+            return "strided: only 1.4 times fewer products for 3x3 (`strided: true` takes it)"
+        if min(self.sides) < 2:
+            return f"its map is {self.outputs[2]}x{self.outputs[3]}: no tile fits"
+        return None
+
+    def _geometry(self, tile: int) -> Geometry:
+        conv = self.module
+        kernel, stride, dilation = ((v[0], v[1]) for v in (conv.kernel_size, conv.stride, conv.dilation))
+        return Geometry(tile, kernel, stride, dilation=dilation, groups=conv.groups)
+
+
+def convolutions(graph: ModelGraph) -> tuple[list[Convolution], dict[str, str]]:
+    """The plain convolutions, in the order in which they run; and those that stay out of it, with the reason."""
+    found: dict[str, Convolution] = {}
+    left: dict[str, str] = {}
+
+    def see(name: str, module: nn.Conv2d) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            found.setdefault(name, Convolution(name, module, tuple(inputs[0].shape), tuple(output.shape)))
+
+        return module.register_forward_hook(hook)
+
+    handles: list[Any] = []
+    named = {name: m for name, m in graph.model.named_modules() if isinstance(m, nn.Conv2d)}
+    for name, module in named.items():
+        reason = _not_plain(name, module)
+        if reason is None:
+            handles.append(see(name, module))
+        else:
+            left[name] = reason
+    try:
+        with torch.no_grad(), directly(), evaluating(graph.model):
+            graph.model(*graph.example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    left |= {name: "it does not run" for name in named if name not in found and name not in left}
+    for name in [name for name, conv in found.items() if len(conv.outputs) != 4]:
+        found.pop(name)
+        left[name] = "it has no batch axis"
+    return list(found.values()), left
+
+
+def _not_plain(name: str, module: nn.Conv2d) -> str | None:
+    if isinstance(module, (WinogradConv2d, QuantizedConv2d)):
+        return "it is a Winograd or quantized layer already"
+    if type(module) is not nn.Conv2d:
+        return f"it is a {type(module).__name__}, which computes in a way of its own"
+    hooks = vars(module)["_forward_pre_hooks"] or vars(module)["_forward_hooks"]
+    if hooks:
+        return "it has hooks, such as the older weight_norm's"
+    return None if name else "it is the whole network"
+
+
+@dataclass
+class Plan:
+    """What becomes of a network's convolutions: layer -> tile, or the reason. `products` per image of all of
+    them, as planned, and `before` by direct convolution."""
+
+    edits: list[Winograd | Quantize] = field(default_factory=list[Winograd | Quantize])
+    tiles: dict[str, int] = field(default_factory=dict[str, int])
+    smaller: dict[str, int] = field(default_factory=dict[str, int])
+    direct: dict[str, str] = field(default_factory=dict[str, str])
+    left: dict[str, str] = field(default_factory=dict[str, str])
+    products: int = 0
+    before: int = 0
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Reason -> the layers that stay as they are for it."""
+        return _by_value(self.left)
+
+    def notes(self) -> list[str]:
+        notes = [f"{len(names)} layers by F{tile}: {_listed(names)}" for tile, names in _by_value(self.tiles).items()]
+        notes.append(f"products per image in all convolutions: {self.before:,} -> {self.products:,}")
+        notes += [
+            f"{_listed(names)} by F{tile}: their maps are smaller than the tile that was asked for"
+            for tile, names in _by_value(self.smaller).items()
+        ]
+        notes += [f"{_listed(names)} quantized as direct: {why}" for why, names in _by_value(self.direct).items()]
+        return notes + [f"{_listed(names)} left as is: {why}" for why, names in self.reasons().items()]
+
+
+def _by_value(table: dict[str, _T]) -> dict[_T, list[str]]:
+    found: dict[_T, list[str]] = {}
+    for name, value in table.items():
+        found.setdefault(value, []).append(name)
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,394 @@
+"""The `channel_pruning` method on small networks: acceptance facts of its specification, refusals, recipes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from sfp_support import CLASSES, CPU, SHAPE, Batches, tiny_data
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tersenet as tn
+from graph_support import compare_on, randomise
+from tersenet.calibration.items import Costs, find_items
+from tersenet.calibration.readers import find_readers
+from tersenet.calibration.sampling import Images, Targets, statistics
+from tersenet.calibration.solver import Solver
+from tersenet.data.bundle import Data
+from tersenet.data.load import load_data
+from tersenet.data.registry import DataSettings
+from tersenet.errors import GraphError, TersenetError, UnknownNameError
+from tersenet.graph.model import ModelGraph
+from tersenet.measuring.macs import count_macs
+from tersenet.methods.base import Context
+from tersenet.methods.channel_pruning import ChannelPruning
+from tersenet.models.open import Source, example_of
+from tersenet.models.resnet_cifar import resnet_cifar
+from tersenet.nn.adapter import ChannelAdapter
+from tersenet.ops.gram import StatisticsError
+from tersenet.recipe import load_recipe
+from tersenet.recipe_target import Target
+from tersenet.train.evaluate import evaluate
+
+EXAMPLE = (torch.zeros(2, *SHAPE),)
+
+
+def resnet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(resnet_cifar(8, width=10, classes=CLASSES))
+
+
+def layer(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
+
+
+def data(n: int = 96) -> Data:
+    return dataclasses.replace(tiny_data(), train=Batches(n, 32, 1))
+
+
+def context_of(graph: ModelGraph, target: str | None = None, **more: Any) -> Context:
+    more.setdefault("data", data())
+    wanted = Target.parse(target) if target else None
+    return Context(CPU, 0, wanted, graph.macs(), graph.params(), **more)
+
+
+def prune(model: nn.Module, target: str | None = None, **settings: Any) -> Context:
+    graph = ModelGraph(model, EXAMPLE)
+    context = context_of(graph, target)
+    ChannelPruning.model_validate({"images": 96} | settings).apply(graph, context)
+    return context
+
+
+def solver_of(model: nn.Module, n: int = 96, loader: Any = None) -> Solver:
+    images = Images(loader or Batches(n, 32, 1), n, 16, 0, CPU)
+    return Solver(ModelGraph(model.eval(), EXAMPLE), images, "lasso", reconstruct=True)
+
+
+def output_error(model: nn.Module, pruned: nn.Module) -> float:
+    x = Batches(64, 32, 5).x
+    with torch.no_grad():
+        return float((pruned(x) - model(x)).square().mean().sqrt() / model(x).std(0).norm())
+
+
+def test_reconstruction_and_the_lasso_each_lower_the_error() -> None:
+    whole = resnet()
+    errors: dict[str, float] = {}
+    variants: dict[str, dict[str, Any]] = {
+        "lasso": {},
+        "first": {"select": "first"},
+        "random": {"select": "random"},
+        "weights": {"select": "max_response"},
+        "not fitted": {"reconstruct": False},
+    }
+    for name, settings in variants.items():
+        model = resnet()
+        prune(model, rate=0.3, **settings)
+        errors[name] = output_error(whole, model)
+    assert errors["lasso"] < 0.6 * errors["not fitted"]
+    assert errors["lasso"] < min(errors["first"], errors["random"])
+
+
+def test_fitting_an_untouched_network_changes_nothing() -> None:
+    model = resnet()
+    before = copy.deepcopy(model)
+    solver = solver_of(model)
+    readers, _ = find_readers(solver.graph)
+    known = solver.statistics(readers)
+    for reader in readers:
+        solver.fit(reader, known[reader.end])
+    assert compare_on(before, model, (torch.randn(4, *SHAPE),)) < 1e-4
+
+
+class Chain(nn.Module):
+    """Two convolutions with biases; channel 1 of the first is dead, 4 is a copy of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1)
+        self.head = nn.Linear(5, CLASSES)
+        with torch.no_grad():
+            for tensor in self.first.parameters():
+                tensor[1] = -1.0 if tensor.dim() == 1 else 0.0
+                tensor[4] = tensor[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(F.relu(self.first(x))).mean((2, 3)))
+
+
+def test_dead_and_copied_channels_go_first_and_cost_nothing() -> None:
+    whole, model = Chain().eval(), Chain().eval()
+    prune(model, rates={"first": 0.4}, include=("first",), positions=64)
+    assert model.first.out_channels == 4
+    kept = [next(i for i in range(6) if torch.equal(w, whole.first.weight[i])) for w in model.first.weight]
+    assert 1 not in kept
+    assert len({2, 4} & set(kept)) == 1
+    assert compare_on(whole, model, (torch.randn(4, *SHAPE),)) < 1e-4
+
+
+def test_the_fitted_bias_is_the_whole_bias() -> None:
+    """A constant added to the bias of a fitted layer comes out at the end: the published code loses it."""
+    plain, shifted = Chain().eval(), Chain().eval()
+    with torch.no_grad():
+        shifted.get_parameter("second.bias").add_(3.0)
+    for model in (plain, shifted):
+        prune(model, rates={"first": 0.5}, include=("first",))
+    bias = plain.get_parameter("second.bias")
+    torch.testing.assert_close(shifted.get_parameter("second.bias"), bias + 3.0, rtol=0, atol=1e-4)
+    torch.testing.assert_close(shifted.second.weight, plain.second.weight, rtol=0, atol=1e-4)
+
+
+class Block(nn.Module):
+    """A residual block behind a stem whose damage only the branch's last layer can make up for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv1, self.conv2 = nn.Conv2d(6, 12, 3, padding=1), nn.Conv2d(12, 6, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, CLASSES)
+
+    def block(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return x + self.bn(self.conv2(F.relu(self.conv1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.block(x)).mean((2, 3)))
+
+
+def test_a_branch_makes_up_for_what_its_shortcut_has_lost() -> None:
+    errors: dict[bool, float] = {}
+    x = Batches(64, 32, 5).x
+    for corrected in (True, False):
+        model: Any = randomise(Block())
+        wanted = model.block(x).detach()
+        solver = solver_of(model)
+        readers, _ = find_readers(solver.graph)
+        conv2 = next(r for r in readers if r.layer == "conv2")
+        assert conv2.sum is not None
+        assert conv2.norm is not None
+        conv2 = conv2 if corrected else dataclasses.replace(conv2, sum=None)
+        solver._targets = Targets(solver.graph, [conv2], solver.images)  # pyright: ignore[reportPrivateUsage]
+        with torch.no_grad():
+            model.stem.weight[2:4] *= 0.5
+        solver.fit(conv2, solver.statistics([conv2])[conv2.end])
+        errors[corrected] = float((model.block(x).detach() - wanted).square().mean())
+    assert errors[True] < 0.9 * errors[False]
+
+
+def test_equal_shortcuts_leave_the_targets_as_they_are() -> None:
+    solver = solver_of(randomise(Block()))
+    readers, _ = find_readers(solver.graph)
+    conv2 = next(r for r in readers if r.layer == "conv2")
+    moments: list[Any] = []
+    for reader in (conv2, dataclasses.replace(conv2, sum=None)):
+        targets = Targets(solver.graph, [reader], solver.images)
+        moments.append(statistics(solver.graph, targets, [reader], solver.images, solver.gone)[reader.end][0])
+    assert torch.equal(moments[0].xy, moments[1].xy)
+    assert torch.equal(moments[0].yy, moments[1].yy)
+
+
+def test_batch_norm_scales_of_zero_do_no_harm() -> None:
+    model = resnet()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight[:2] = 0
+    whole = copy.deepcopy(model)
+    prune(model, rate=0.3)
+    assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
+    assert output_error(whole, model) < 1.0
+
+
+def test_training_statistics_are_those_that_were_stored() -> None:
+    """After a fit, batch norm holds the statistics of the new outputs: a batch gives the same."""
+    model = resnet()
+    prune(model, rate=0.3, positions=64)
+    x = Batches(96, 96, 1).x
+    stored = layer(model, "layer1.0.bn2").running_var.clone()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(x)
+    inner = layer(model, "layer1.0.bn2")
+    torch.testing.assert_close(inner.running_var, stored, rtol=0.25, atol=1e-3)
+
+
+def test_two_runs_are_the_same_to_the_bit() -> None:
+    models = [resnet(), resnet()]
+    for model in models:
+        torch.manual_seed(int(torch.randint(1000, (1,))))
+        prune(model, "macs=60%")
+    states = [m.state_dict() for m in models]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+
+
+@pytest.mark.parametrize("residual", ["coupled", "independent"])
+@pytest.mark.parametrize("allocate", ["measured", "uniform"])
+@pytest.mark.parametrize("target", ["macs=60%", "params=50%"])
+def test_a_target_is_met_and_used(target: str, allocate: str, residual: str) -> None:
+    model = resnet()
+    graph = ModelGraph(model, EXAMPLE)
+    wanted = Target.parse(target)
+    whole = graph.macs() if wanted.kind == "macs" else graph.params()
+    prune(model, target, allocate=allocate, residual=residual)
+    after = ModelGraph(model, EXAMPLE)
+    used = (after.macs() if wanted.kind == "macs" else after.params()) / wanted.limit(whole)
+    assert 0.98 < used <= 1
+
+
+def test_multiples_and_bounds() -> None:
+    model = resnet()
+    prune(model, "macs=60%", multiple=4, at_least=4)
+    for name in ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"):
+        count = layer(model, name).out_channels
+        assert count % 4 == 0 or count == layer(resnet(), name).out_channels
+
+
+def test_samplers_leave_the_trunk_whole() -> None:
+    model = resnet()
+    context = prune(model, residual="independent", rate=0.4)
+    assert layer(model, "conv1").out_channels == 10
+    sampled = layer(model, "layer2.0.conv1")
+    assert isinstance(sampled, ChannelAdapter)
+    assert sampled.inner.in_channels == 6
+    assert any(note.startswith("input:layer2.0.conv1: 10 -> 6") for note in context.notes)
+    model = resnet()
+    prune(model, residual="independent", rates={"input:layer2*": 0.5}, rate=0.0)
+    assert layer(model, "layer2.0.conv1").inner.in_channels == 5
+    assert layer(model, "layer1.0.conv1").in_channels == 10
+
+
+def test_costs_are_the_graphs() -> None:
+    graph = ModelGraph(resnet(), EXAMPLE)
+    items = find_items(graph, ("*",), (), sample=False).all
+    random = np.random.default_rng(0)
+    for kind, count in (("macs", graph.macs), ("params", graph.params)):
+        costs = Costs(graph, items, kind)
+        for _ in range(10):
+            left = np.array([random.integers(1, item.size + 1) for item in items])
+            kept = {i.group.name: np.arange(n) for i, n in zip(items, left, strict=True) if i.group}
+            assert costs(left) == count(kept)
+
+
+def test_notes_say_what_was_done() -> None:
+    notes = prune(resnet(), rate=0.3, images=2).notes
+    assert any("calibrated on 2 training images (seed 0)" in note for note in notes)
+    assert any(note.startswith("layer2.0.conv1: 20 -> 14 channels") for note in notes)
+    assert any("response error" in note and "error of the network's output" in note for note in notes)
+    assert any("At least" in note and "rows are needed" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({}, TersenetError, "channel_pruning needs a rate .* or a target"),
+        ({"rate": 0.3}, TersenetError, "calibrates on training images"),
+        ({"rate": 0.3, "include": ("layer9*",)}, UnknownNameError, "unknown layer 'layer9"),
+        ({"rate": 0.3, "rates": {"fc": 0.1}}, UnknownNameError, "unknown layer 'fc'"),
+        ({"rate": 0.3, "exclude": ("type:conv",)}, GraphError, "no layer is left to prune"),
+    ],
+)
+def test_refusals(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = resnet()
+    graph = ModelGraph(model, EXAMPLE)
+    with pytest.raises(error, match=message):
+        ChannelPruning(**settings).apply(graph, context_of(graph, data=None))
+    assert graph.record.edits == ()
+
+
+@pytest.mark.parametrize("allocate", ["measured", "uniform"])
+def test_a_target_out_of_reach_says_the_floor(allocate: str) -> None:
+    with pytest.raises(
+        TersenetError, match=r"can't be met: with the selected layers at their smallest [\d,]+ are left"
+    ):
+        prune(resnet(), "macs=40%", at_least=9, allocate=allocate)
+
+
+def test_bad_activations_name_the_layer_and_change_nothing() -> None:
+    model = resnet()
+    model.get_parameter("layer2.0.conv1.weight").data[3] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StatisticsError, match=r"layer2\.0\.conv1"):
+        prune(model, rate=0.3)
+    assert all(torch.equal(a.nan_to_num(), before[n].nan_to_num()) for n, a in model.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [{"rate": 1.0}, {"select": "l1"}, {"target": "macs=150%"}, {"images": 0}])
+def test_settings_that_a_recipe_check_refuses(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ChannelPruning(**settings)
+
+
+def test_a_dry_run_needs_no_data() -> None:
+    for residual in ("coupled", "independent"):
+        steps = [{"method": "channel_pruning", "residual": residual}]
+        report = tn.compress("resnet8", {"steps": steps}, target="macs=60%", dry_run=True).report
+        assert 0.58 < report.after.macs / report.before.macs <= 0.6
+        assert any("shared out evenly here" in note for note in report.steps[0].notes)
+
+
+@pytest.mark.parametrize("recipe", ["channel_pruning", "channel_pruning_once"])
+def test_shipped_recipes(recipe: str) -> None:
+    overrides: dict[str, Any] = {"steps.0.images": 64}
+    if recipe == "channel_pruning":
+        overrides["steps.1.fit.epochs"] = 1
+    report = tn.compress("resnet8", recipe, target="macs=60%", data="digits", overrides=overrides, device="cpu").report
+    assert 0.59 <= report.after.macs / report.before.macs <= 0.6
+
+
+PUBLISHED = {
+    "5x": ((24, 22, 41, 51, 108, 89, 111, 184, 276, 228, 512, 512, 512), 3_391_649_856),
+    "4x": ((12, 64, 21, 128, 73, 58, 256, 121, 166, 512, 512, 512, 512), 3_967_828_704),
+    "2x": ((11, 64, 55, 128, 148, 104, 256, 221, 421, 512, 512, 512, 512), 7_209_432_720),
+}
+
+
+def vgg_macs(widths: tuple[int, ...]) -> int:
+    """Of the convolutions alone, as networks are counted here."""
+    layers: list[nn.Module] = []
+    wide = 3
+    for place, width in enumerate(widths):
+        layers.append(nn.Conv2d(wide, width, 3, padding=1))
+        wide = width
+        if place in (1, 3, 6, 9):
+            layers.append(nn.MaxPool2d(2))
+    with torch.device("meta"):
+        model = nn.Sequential(*layers).to("meta")
+        return count_macs(model, (torch.zeros(1, 3, 224, 224),))[0]
+
+
+def test_published_widths_and_their_macs() -> None:
+    sizes = (64,) * 2 + (128,) * 2 + (256,) * 3 + (512,) * 6
+    assert vgg_macs(sizes) == 15_346_630_656
+    for name, (widths, macs) in PUBLISHED.items():
+        assert vgg_macs(widths) == macs
+        step = load_recipe(f"channel_pruning_vgg16_{name}").steps[0]
+        assert isinstance(step, ChannelPruning)
+        counts = [size - int(size * rate + 1e-9) for size, rate in zip(sizes, step.rates.values(), strict=True)]
+        assert tuple(counts) == widths
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_fitting_is_worth_a_lot_on_real_images(test_data: Path, cifar10_folder: Path) -> None:
+    source = Source("resnet20", str(test_data / "weights" / "resnet20-12fca82f.th"))
+    settings = DataSettings(source=f"cifar10:{cifar10_folder}", batch_size=128)
+    images = load_data(settings, seed=0, normalise=source.normalise)
+    top1: dict[bool, float] = {}
+    for reconstruct in (True, False):
+        model = source.open(images.shape, images.classes, images.normalise)
+        graph = ModelGraph(model, example_of(model, batch=2))
+        context = Context(CPU, 0, Target.parse("macs=70%"), graph.macs(), graph.params(), images)
+        ChannelPruning(images=500, allocate="uniform", reconstruct=reconstruct).apply(graph, context)
+        assert images.test is not None
+        top1[reconstruct] = evaluate(model, images.test, device=CPU).top1 or 0.0
+    assert top1[True] > top1[False] + 0.05
