@@ -57,7 +57,7 @@ def test_a_command_line_that_is_not_understood(cli: Cli, arguments: tuple[str, .
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compress", "resnet20", "--recipe", "sfp_digitz"), "unknown recipe 'sfp_digitz'; did you mean 'sfp_digits'?"),
+        (("compress", "resnet20", "--recipe", "sfp_digitz"), "unknown recipe 'sfp_digitz'; did you mean 'sfp_digits'"),
         (("eval", "resnet20", "--data", "digit"), "unknown data set 'digit'; did you mean 'digits'?"),
         (("eval", "resnet21", "--data", "digits"), "unknown model 'resnet21'"),
         (("measure", "resnet20", "--input", "32"), "--input 32 must be channels x height x width"),
