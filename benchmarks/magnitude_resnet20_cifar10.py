@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,9 @@ def pruned(model: nn.Module, data: Data, target: str, scope: str, score: str) ->
     graph = ModelGraph(model, example_of(model, batch=2))
     context = Context(CPU, 0, Target.parse(target), graph.macs(), graph.params(), data)
     settings = Magnitude.model_validate({"scope": scope, "score": score, "recalibrate_bn": 16})
-    whole, began = graph.macs(), time.monotonic()
+    whole = graph.macs()
     settings.apply(graph, context)
-    seconds = time.monotonic() - began
-    return figures(model, data) | {"macs_left": graph.macs() / whole, "seconds": round(seconds, 1)}
+    return figures(model, data) | {"macs_left": graph.macs() / whole}
 
 
 def figures(model: nn.Module, data: Data) -> dict[str, Any]:
