@@ -44,6 +44,7 @@ def test_again_redoes_what_matches_and_the_last_result_counts(part: Any, tmp_pat
     done = progress.read(path)
     assert done["a:swin", "ours"] == {"result": "exact"}
     assert progress.missing(["a:swin", "a:vgg"], ["ours"], done, "*swin*") == [("a:swin", "ours")]
+    assert progress.of_table(progress.table(["a:swin", "a:vgg"], done)) == done
     assert progress.table(["a:vgg", "a:other"], done) == [{"network": "a:vgg", "ours": {"result": "exact"}}]
 
 

@@ -35,7 +35,8 @@ def main() -> None:
     warm_up()
     names = networks.all_networks()
     tools = ["ours", "peer", *(["times"] if options.times else [])]
-    done = progress.read(options.progress)
+    known = json.loads((HERE / "any_cnn.json").read_text())["networks"] if options.go_on else []
+    done = {**progress.of_table(known), **progress.read(options.progress)}
     for name, tool in progress.missing(networks.chosen(names, options.only), tools, done, options.again):
         if tool == "times" and done.get((name, "ours"), {}).get("result") != "exact":
             continue
@@ -55,6 +56,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("progress", type=Path, help="JSON-lines file of what is done, made if it is not there")
+    parser.add_argument("--go-on", action="store_true", help="what any_cnn.json has need not be done again")
     parser.add_argument("--only", help="glob of networks, such as 'timm:*' or 'resnet*'")
     parser.add_argument("--again", help="glob of networks to do once more, such as '*swin*'")
     parser.add_argument("--times", action="store_true", help="measure times too")

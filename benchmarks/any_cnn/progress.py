@@ -43,3 +43,8 @@ def table(networks: list[str], done: Done) -> list[dict[str, Any]]:
     """One row for each network of which anything is known."""
     rows = [{"network": n, **{tool: found for (name, tool), found in done.items() if name == n}} for n in networks]
     return [row for row in rows if len(row) > 1]
+
+
+def of_table(rows: list[dict[str, Any]]) -> Done:
+    """What a table of an earlier run knows."""
+    return {(row["network"], tool): found for row in rows for tool, found in row.items() if tool != "network"}
