@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tersenet.errors import GraphError
+from tersenet.graph.compact import compact
+from tersenet.graph.model import ModelGraph
 from tersenet.graph.trace import evaluating, trace
 
 X = (torch.zeros(2, 3, 8, 8),)
@@ -118,3 +121,34 @@ def test_index_tables_are_kept_with_their_content() -> None:
     seen = trace(Table(), X)
     contents = [slot.content.tolist() for slot in seen.slots if slot.content is not None and not slot.floating]
     assert contents.count([2, 0, 1]) == 2
+
+
+class Remembering(nn.Module):
+    """Keeps what it made of a parameter for the next pass, as networks with tables of attention biases do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.head = nn.Conv2d(8, 2, 1)
+        self.known: dict[str, Tensor] = {}
+        self.passes: list[int] = []
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes.append(len(self.passes))
+        if "scale" not in self.known:
+            self.known["scale"] = self.scale.exp()
+        self.last = self.conv(x) * self.known["scale"].view(1, -1, 1, 1)
+        return self.head(self.last)
+
+
+def test_what_a_network_keeps_for_later_passes_is_made_anew_in_each() -> None:
+    model = Remembering()
+    graph = ModelGraph(model, (torch.randn(2, 3, 4, 4),))
+    names = [op.name for op in graph.trace.ops]
+    assert [op.name for op in trace(model, graph.example).ops] == names
+    assert "exp" in names
+    compact(graph, {"conv": np.arange(5)})
+    assert model.scale.shape == (5,)
+    assert (model.known, model.passes, model.last) == ({}, [], None)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.errors import GraphError
 from tersenet.graph.choices import Choice, Choices, is_choice
+from tersenet.graph.undo import structure_of
 from tersenet.nn.adapter import ChannelAdapter
 
 _aten = torch.ops.aten
@@ -124,12 +125,15 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def running(model: nn.Module) -> Generator[None]:
-    """How networks are run here: in evaluation mode, without gradients and without fused attention modules."""
+    """How networks are run here: in evaluation mode, without gradients and without fused attention modules. Afterwards
+    the network is as it was."""
     modules = list(model.modules())
     for module in modules:
         if isinstance(module, ChannelAdapter):
             module.forget()
     training = any(module.training for module in modules)
+    # What a pass keeps for later ones, such as anchors or masks of a size, every pass makes anew.
+    restore = structure_of(model)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -137,6 +141,7 @@ def running(model: nn.Module) -> Generator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        restore()
 
 
 def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
@@ -145,15 +150,6 @@ def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     Raises:
         GraphError: the network does not run on the example, with the line of the user's code where that was seen.
     """
-    before = [(own, dict(own)) for own in map(vars, model.modules())]
-    found = _filled_trace(model, example)
-    # What a first pass keeps for later ones, such as anchors or masks of a size, they don't make again.
-    if any(own.keys() != old.keys() or any(own[k] is not old[k] for k in old) for own, old in before):
-        found = _filled_trace(model, example)
-    return found
-
-
-def _filled_trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     recorder = _Recorder(model, example)
     with suppress(_Choosing):
         found = _recorded(model, example, recorder)

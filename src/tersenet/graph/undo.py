@@ -1,4 +1,4 @@
-"""A network's structure put back as it was: so that a change can be tried on the network itself, without a copy."""
+"""A network put back as it was: so that it can be run, and a change can be tried on it, without a copy."""
 
 from __future__ import annotations
 
@@ -7,27 +7,46 @@ from typing import Any
 
 from torch import nn
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+_TABLES = frozenset(["_parameters", "_buffers", "_modules"])
+# Hooks and the like: torch's own, and many.
+_LEFT_ALONE = frozenset(vars(nn.Module())) - _TABLES
 
 
 def structure_of(model: nn.Module) -> Callable[[], None]:
-    """A function that gives every module the attributes, tensors and children that it has now, the very same objects.
+    """A function that gives every module the attributes, tensors and children that it has now, the very same objects,
+    and the dicts, lists and sets among them the entries that they have now: some networks keep there what they computed
+    in one pass for the next, such as a bias of all heads.
 
-    What is written into tensors in place, or into lists and dicts of the module's own, is not undone.
+    What is written into tensors in place is not undone.
     """
-    saved: list[tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]] = []
+    saved: list[tuple[Any, Any]] = []
     for module in model.modules():
         own = module.__dict__
-        # A scripted module has other tables; no edit reaches into it.
-        saved.append((own, dict(own), {name: dict(own[name]) for name in _TABLES if isinstance(own.get(name), dict)}))
+        saved.append((own, dict(own)))
+        for name, value in own.items():
+            if name not in _LEFT_ALONE and isinstance(value, (dict, list, set)):
+                saved.append((value, value.copy()))  # pyright: ignore
 
     def restore() -> None:
-        for own, attributes, tables in saved:
-            # In place: dicts of a module may be held by others.
-            for name, table in tables.items():
-                attributes[name].clear()
-                attributes[name].update(table)
-            own.clear()
-            own.update(attributes)
+        for now, before in saved:
+            _put_back(now, before)
 
     return restore
+
+
+def _put_back(now: Any, before: Any) -> None:
+    """Give a dict, list or set its entries back, in place, since others may hold it too."""
+    if isinstance(now, dict):
+        if len(now) == len(before) and all(now.get(k, now) is v for k, v in before.items()):  # pyright: ignore
+            return
+        for key in [key for key in now if key not in before]:  # pyright: ignore
+            del now[key]
+        now.update(before)
+        if list(now) != list(before):  # pyright: ignore[reportUnknownArgumentType]
+            now.clear()
+            now.update(before)
+    elif isinstance(now, list):
+        now[:] = before
+    elif now != before:
+        now.intersection_update(before)
+        now.update(before)
