@@ -12,12 +12,13 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/tersenet compress --recipe sfp_digits --out runs/demo
 
+# Two processes of one thread each.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # The slow tests, and those on real data (TERSENET_TEST_DATA) too.
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

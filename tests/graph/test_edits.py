@@ -47,10 +47,19 @@ def test_numbers_that_are_no_indices(values: list[int]) -> None:
         parse_indices(values)
 
 
+@pytest.mark.parametrize("values", [[0.5, 1.7], ["0", "1"], [True], [10**30], {"0": 1}, [[0], [1, 2]], None])
+def test_what_is_no_list_of_integers(values: Any) -> None:
+    """Nothing is rounded: 0.5 and 1.7 are not 0 and 1."""
+    with pytest.raises(ValueError, match="indices must be integers"):
+        parse_indices(values)
+
+
 def test_a_short_text_can_not_stand_for_endless_indices() -> None:
     """Refused before the numbers are made: the second range goes back to the start of the first."""
     with pytest.raises(ValueError, match="out of order"):
         parse_indices(",".join(["0-999999"] * 10_000))
+    with pytest.raises(ValueError, match="more indices"):
+        parse_indices(list(range(11)), Budget(left=10))
     edit = '{"kind": "adapt", "module": "0", "scatter": "0-9", "width": 40}'
     budget = Budget(left=120)
     for _ in range(2):

@@ -32,6 +32,12 @@ def test_orders_that_are_refused(order: str) -> None:
         EDITS.validate_python({"kind": "group", "module": "3", "groups": 2, "rows": order, "columns": "0,1"})
 
 
+@pytest.mark.parametrize("order", [[0.2, 1.1], ["1", "0"], [False, True], None])
+def test_orders_that_are_no_integers(order: object) -> None:
+    with pytest.raises(ValidationError, match="an order of channels must be of integers"):
+        EDITS.validate_python({"kind": "group", "module": "3", "groups": 2, "rows": order, "columns": "0,1"})
+
+
 def test_orders_count_towards_the_budget() -> None:
     edit = Group(module="3", groups=2, rows=tuple(range(10)), columns=tuple(range(10))).model_dump_json()
     with pytest.raises(ValidationError, match="more indices than any network has"):
@@ -75,7 +81,7 @@ def test_a_reorder_edit_replays() -> None:
     [
         (Group(module="3", groups=3, rows=(0, 1, 2, 3), columns=tuple(range(6))), "can't be split into 3 groups"),
         (Group(module="3", groups=2, rows=(0, 1), columns=tuple(range(6))), "orders 2 x 6 channels"),
-        (Group(module="1", groups=2, rows=(0, 1), columns=(0, 1)), "only a plain Conv2d"),
+        (Group(module="1", groups=2, rows=(0, 1), columns=(0, 1)), "must be an nn.Conv2d inside"),
         (Group(module="9", groups=2, rows=(0, 1), columns=(0, 1)), "does not have"),
         (Reorder(group="0", order=(1, 0), axes=(Axis(tensors=("3.weight",), axis=1),)), "orders 2 places of axis 1"),
         (Reorder(group="0", order=(1, 0), axes=(Axis(tensors=("3.weight",), axis=5),)), "orders 2 places of axis 5"),
@@ -91,5 +97,5 @@ def test_a_grouped_layer_is_not_grouped_again() -> None:
     model = network()
     edit = Group(module="3", groups=2, rows=(3, 1, 0, 2), columns=(5, 4, 3, 2, 1, 0))
     edit.replay(model)
-    with pytest.raises(GraphError, match="a GroupShuffleConv2d; only a plain Conv2d"):
+    with pytest.raises(GraphError, match=r"a GroupShuffleConv2d; it must be an nn\.Conv2d"):
         edit.replay(model)

@@ -17,7 +17,7 @@ from graph_support import DenseNet, compare_on, randomise
 from tersenet.errors import TersenetError
 from tersenet.exporting import artifact
 from tersenet.graph.edits import Group
-from tersenet.graph.grouping import Grouping, group_convolutions, kernel_norms, mask_groups
+from tersenet.graph.grouping import Grouping, group_convolutions, groupable, kernel_norms, mask_groups
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.record import attach
 from tersenet.measuring.macs import count_macs, params_of
@@ -449,17 +449,18 @@ def test_groups_first_then_filters(fuse: bool) -> None:
 
 
 def test_it_is_saved_loaded_and_exported(tmp_path: Path) -> None:
-    model = small_resnet().eval()
-    graph = ModelGraph(model, (torch.zeros(2, *SHAPE),))
+    model = randomise(Chain())
+    graph = ModelGraph(model, (torch.zeros(2, 3, 8, 8),))
     attach(model, graph.record)
-    groupings = {x.name: random_grouping(x, 4, i) for i, x in enumerate(layers_of(graph))}
+    groupings = {x.name: random_grouping(x, 4, i) for i, x in enumerate(layers_of(graph)) if x.C_out % 4 == 0}
+    assert len(groupings) == 2
     mask_groups(graph, groupings)
     group_convolutions(graph, groupings)
     artifact.save(model, tmp_path)
-    x = torch.randn(2, *SHAPE)
+    x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(artifact.load(tmp_path, base=small_resnet())(x), expected)
+        assert torch.equal(artifact.load(tmp_path, base=Chain())(x), expected)
         program = torch.export.export(model, (x,), strict=False)
         torch.testing.assert_close(program.module()(x), expected)
 
@@ -481,6 +482,27 @@ def test_layers_that_can_not_be_grouped_are_left_out() -> None:
 
     graph = ModelGraph(Net(), (torch.zeros(2, 3, 8, 8),))
     assert [x.name for x in layers_of(graph)] == ["plain"]
+
+
+def test_what_will_be_refused_is_refused_before_training() -> None:
+    """On a copy: the network that is to be trained stays as it is."""
+    model = small_resnet()
+    graph = ModelGraph(model, (torch.zeros(2, *SHAPE),))
+    state = copy.deepcopy(model.state_dict())
+    settings(sparsity=0.5).apply(graph, context())
+    assert not any(isinstance(m, GroupShuffleConv2d) for m in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(TersenetError, match="can't be met: it asks for 99"):
+        settings(sparsity=0.99).apply(graph, context())
+
+
+def test_patterns_may_name_a_position() -> None:
+    graph = graph_of(resnet_cifar(8, width=8))
+    every = [x.name for x in groupable(graph, ("*",), ())]
+    assert [x.name for x in groupable(graph, ("*",), ("position:first",))] == every[1:]
+    assert [x.name for x in groupable(graph, ("position:last",), ())] == every[-1:]
+    with pytest.raises(TersenetError, match="unknown layer"):
+        groupable(graph, ("*",), ("nowhere",))
 
 
 def test_a_refused_grouping_changes_nothing() -> None:

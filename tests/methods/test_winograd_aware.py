@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from tersenet.graph.record import InputSpec, Record, attach, record_of
 from tersenet.measuring.winograd_table import winograd_table
 from tersenet.methods.base import Context
 from tersenet.methods.magnitude import Magnitude
-from tersenet.methods.winograd_aware import WinogradAware, WinogradSwap
+from tersenet.methods.winograd_aware import WinogradAware, WinogradSwap, WinogradTraining
 from tersenet.models.build import build
 from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d, calibration
+from tersenet.nn.winograd_quantizer import FakeQuantizer
 from tersenet.nn.winograd_settings import Quantization, Quantizer, WinogradSettings
+from tersenet.train.hooks import TrainState
 from tersenet.train.loop import fit
 from tersenet.train.optim import make_optimizer, set_lr
 from tersenet.train.settings import Fit, lr_at
@@ -168,21 +171,22 @@ def test_in_floating_point_the_output_is_the_original_network_s(tile: int, toler
 def test_the_paper_s_network_has_the_published_counts() -> None:
     images = torch.zeros(1, 3, 32, 32)
 
-    def table(flex: str, tile: int) -> Any:
-        model = build("winograd_resnet18", width=32).eval()
-        swapped(model, images, bits=None, flex=flex, tile=tile)
-        found = winograd_table(model, (images,))
-        assert found is not None
-        return found
-
-    flexible, static = table("full", 4), table("static", 6)
-    assert (flexible.in_table, flexible.parameters, static.trainable) == (2_792_800, 2_798_858, 2_797_610)
+    model = build("winograd_resnet18", width=32).eval()
+    swapped(model, images, bits=None, flex="full", tile=4)
+    flexible = winograd_table(model, (images,))
+    assert flexible is not None
+    assert (flexible.in_table, flexible.parameters) == (2_792_800, 2_798_858)
     assert sum(row.winograd == "F(4x4, 3x3)" for row in flexible.rows) == 16
     first = flexible.rows[0]
     assert (first.name, first.winograd, first.bits) == ("conv1.weight", None, None)
-    last = [row for row in static.rows if row.name.startswith("layer4") and row.winograd]
-    assert {(row.winograd, row.input_shape[2:]) for row in last} == {("F(4x4, 3x3)", (4, 4))}
-    assert sum(row.winograd == "F(6x6, 3x3)" for row in static.rows) == 12
+    last = [row for row in flexible.rows if row.name.startswith("layer4") and row.winograd]
+    assert {row.input_shape[2:] for row in last} == {(4, 4)}
+    model = build("winograd_resnet18", width=32).eval()
+    graph, _ = swapped(model, images, bits=None, flex="static", tile=6)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2_797_610
+    tiles = {name: edit.settings.tile for name, edit in edits(graph).items() if isinstance(edit, Winograd)}
+    assert tiles == {name: 4 if name.startswith("layer4") else 6 for name in tiles}
+    assert len(tiles) == 16
 
 
 def test_the_first_layer_and_the_linear_one_carry_no_quantizer() -> None:
@@ -309,9 +313,10 @@ def test_convolutions_of_other_kinds_stay() -> None:
         ({"tile": "direct", "bits": None}, "`direct` without bits"),
         ({"product_bits": 10, "quantizers": "reference"}, "need `quantizers: tapwise`"),
         ({"power_of_two": True, "bits": None}, "need `quantizers: tapwise` and bits"),
-        ({"points": "1e9"}, None),
+        ({"points": "1e9"}, "unknown point set '1e9'"),
         ({"tiles": {"nowhere": 2}}, "unknown layer 'nowhere'"),
         ({"include": ("type:cnv",)}, "unknown kind of layer"),
+        ({"points": ("0", "1", "-1", "9999999", "-9999999"), "include": ("plain",)}, "plain by .* all but singular"),
         ({"points": ("0", "1", "1", "2", "3"), "include": ("plain",)}, "plain by F\\(4, 3\\)"),
     ],
 )
@@ -322,6 +327,104 @@ def test_bad_settings_name_themselves_and_change_nothing(settings: dict[str, Any
         swapped(model, **settings)
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_patterns_may_name_a_type_or_a_position() -> None:
+    def tiles(**settings: Any) -> dict[str, int]:
+        graph, _ = swapped(net(), bits=None, others="float", **settings)
+        return {name: edit.settings.tile for name, edit in edits(graph).items() if isinstance(edit, Winograd)}
+
+    assert tiles(exclude=("type:grouped",)) == {"stem": 4, "plain": 4, "small": 4}
+    assert tiles(include=("type:grouped", "position:last")) == {"five": 4, "small": 4}
+    assert tiles(tiles={"type:grouped": 2}) == {"plain": 4, "five": 2, "small": 4}
+
+
+def test_a_stride_as_large_as_the_filter_leaves_nothing_to_save() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1)).eval()
+    _, context = swapped(model, bits=None, exclude=(), strided=True)
+    assert type(model[0]) is nn.Conv2d
+    assert any("0 left as is: its stride leaves one tap" in note for note in context.notes)
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilation", "sides"), [(1, 2, (4, 4)), (2, 2, (4, 4)), (2, 3, (4, 4)), (1, 1, (8, 8))]
+)
+def test_a_dilation_s_phases_are_maps_of_their_own(stride: int, dilation: int, sides: tuple[int, int]) -> None:
+    """But a stride that divides the dilation has taken the other phases away already."""
+    conv = nn.Conv2d(1, 4, 3, stride, dilation, dilation)
+    (found,), _ = convolutions(ModelGraph(nn.Sequential(conv).eval(), (IMAGES[:2],)))
+    assert found.sides == sides
+
+
+def test_layers_that_are_called_by_name_are_found() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    (found,), _ = convolutions(ModelGraph(Named().eval(), (IMAGES[:2],)))
+    assert (found.name, found.outputs) == ("conv", (2, 4, 6, 6))
+
+
+def test_ranges_of_broken_images_are_refused() -> None:
+    images = IMAGES.clone()
+    images[3] = float("nan")
+
+    class Broken(Batches):
+        def batches(self, epoch: int) -> Any:
+            return iter([(images, torch.zeros(16, dtype=torch.long))])
+
+    broken = dataclasses.replace(data(), train=Broken())
+    with pytest.raises(TersenetError, match=r"plain: the range of the input is .*look for NaN"):
+        WinogradSwap().apply(ModelGraph(net(), (IMAGES[:2],)), Context(CPU, 0, data=broken))
+
+
+def test_fewer_images_than_a_batch_are_none() -> None:
+    class Empty(Batches):
+        def __len__(self) -> int:
+            return 0
+
+    empty = dataclasses.replace(data(), train=Empty())
+    model = net()
+    with pytest.raises(TersenetError, match="at least a batch"):
+        WinogradSwap().apply(ModelGraph(model, (IMAGES[:2],)), Context(CPU, 0, data=empty))
+    assert type(model.get_submodule("plain")) is nn.Conv2d
+
+
+def test_a_swap_draws_no_random_numbers() -> None:
+    model = net()
+    before = torch.get_rng_state()
+    Winograd(module="plain", settings=WinogradSettings()).replay(model)
+    Quantize(module="point", quantization=Quantization(input=Quantizer(bits=8))).replay(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("bits", [8, 24])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_values_are_rounded_in_float32(dtype: torch.dtype, bits: int) -> None:
+    """In float16 the scale of a tensor of zeros would be zero, and levels above 65504 infinite."""
+    for x in (torch.zeros(1, 2, 3, 3), IMAGES[:2], 1e-4 * IMAGES[:2]):
+        quantizer = FakeQuantizer(Quantizer(bits=bits), (1, 1, 1, 1), "input").train()
+        low = x.to(dtype)
+        y = quantizer(low)
+        step = 2 * low.float().abs().max() / (2**bits - 1)
+        assert y.dtype is dtype
+        # Half a step, at the top a whole one, and the rounding of the result.
+        assert (y.float() - low.float()).abs().max() <= step + torch.finfo(dtype).eps * low.float().abs().max()
+
+
+def test_a_range_of_infinity_in_a_file_is_refused() -> None:
+    quantizer = FakeQuantizer(Quantizer(bits=8), (1, 1, 1, 1), "input")
+    state = quantizer.state_dict()
+    quantizer.load_state_dict(state)
+    assert not quantizer.seen
+    for values in ((float("-inf"), float("inf")), (float("nan"), 1.0)):
+        state["range"] = torch.tensor(values).view(2, 1, 1, 1, 1)
+        with pytest.raises(TersenetError, match="NaN or inf"):
+            quantizer.load_state_dict(state)
 
 
 def test_without_images_quantizers_are_refused_before_anything_changes() -> None:
@@ -364,7 +467,40 @@ class Stopped(Exception):
     pass
 
 
-def test_an_interrupted_adaptation_goes_on_bit_exactly(tmp_path: Path) -> None:
+class StoppedTraining(WinogradTraining):
+    def after_epoch(self, state: TrainState) -> dict[str, Any]:
+        if state.epoch == 1:
+            raise Stopped
+        return super().after_epoch(state)
+
+
+@pytest.mark.parametrize("scale", ["range", "learned"])
+def test_an_interrupted_adaptation_goes_on_bit_exactly(scale: Any, tmp_path: Path) -> None:
+    settings = Fit(epochs=3, lr=0.02, ema=0.9, schedule="cosine")
+    method = WinogradAware(fit=settings, flex="full", scale=scale, transforms_lr=0.5)
+
+    def adapted(checkpoint: Path | None, stop: bool = False) -> tuple[nn.Module, list[dict[str, Any]]]:
+        graph = ModelGraph(net(), (IMAGES[:2],))
+        context = Context(CPU, 0, data=data())
+        method.apply(graph, context)
+        hooks: WinogradTraining = (StoppedTraining if stop else WinogradTraining)(method.transforms_lr)
+        run: dict[str, Any] = {"seed": 1, "device": CPU, "hooks": hooks, "checkpoint": checkpoint}
+        rows = fit(graph.model, data(), settings, log=lambda row: None, **run)
+        return graph.model, [{**row, "seconds": 0} for row in rows]
+
+    whole, rows = adapted(None)
+    with pytest.raises(Stopped):
+        adapted(tmp_path / "checkpoint.pt", stop=True)
+    resumed, again = adapted(tmp_path / "checkpoint.pt")
+    assert rows == again
+    state = resumed.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(whole(IMAGES), resumed(IMAGES))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_bit_exactly(tmp_path: Path) -> None:
     whole = tn.compress(None, recipe(), out=tmp_path / "whole", device="cpu")
 
     def stop(event: dict[str, Any]) -> None:

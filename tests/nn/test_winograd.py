@@ -344,7 +344,9 @@ def test_what_training_can_break_is_named() -> None:
     with pytest.raises(TersenetError, match="condition number nan"):
         made.check()
     state["quantizers.product.range"] = torch.full((2, 36, 1, 1, 1), torch.nan)
-    with pytest.raises(TersenetError, match=r"quantizers\.product\.range has NaN: the checkpoint is of a run that"):
+    with pytest.raises(
+        TersenetError, match=r"quantizers\.product\.range has NaN or inf: the checkpoint is of a run that"
+    ):
         made.load_state_dict(state)
     other, x, _ = layer(TAPWISE)
     other(x * torch.inf)

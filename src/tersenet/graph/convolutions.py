@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tersenet.graph.edits import Quantize, Winograd
 from tersenet.graph.model import ModelGraph
+from tersenet.graph.select import POSITIONS
 from tersenet.graph.trace import evaluating
 from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d
@@ -22,11 +24,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution that ran. `inputs` and `outputs` are the shapes (N, C, H, W) of its first pass."""
+    """A convolution that ran. `outputs` is the shape (N, C, H, W) of its first pass."""
 
     name: str
     module: nn.Conv2d
-    inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
     @property
@@ -37,7 +38,7 @@ class Convolution:
     @property
     def sides(self) -> tuple[int, ...]:
         """Height and width of the map that tiles are cut from: of a dilation, each phase's."""
-        return tuple(-(-size // d) for size, d in zip(self.outputs[2:], self.module.dilation, strict=True))
+        return tuple(-(-size // d) for size, d in zip(self.outputs[2:], self._phases, strict=True))
 
     def multiplications(self, tile: int | None = None) -> int:
         """Products per image: of F(tile, r), tiles beyond the map's border included; None is the direct convolution."""
@@ -46,7 +47,7 @@ class Convolution:
         if tile is None:
             return prod(self.outputs[2:]) * prod(conv.kernel_size) * channels
         strides = prod(self._geometry(tile).axis(axis)[1] for axis in (0, 1))
-        tiles = prod(d * -(-side // tile) for side, d in zip(self.sides, conv.dilation, strict=True))
+        tiles = prod(d * -(-side // tile) for side, d in zip(self.sides, self._phases, strict=True))
         return tiles * (tile + self.taps - 1) ** 2 * strides * channels
 
     def hindrance(self, strided: bool) -> str | None:
@@ -63,9 +64,17 @@ class Convolution:
             return "depthwise: the transforms would cost more than they save"
         if max(conv.stride) > 1 and not strided:
             return "strided: only 1.4 times fewer products for 3x3 (`strided: true` takes it)"
+        if self.taps == 1:
+            return "its stride leaves one tap to each phase: there is nothing to save"
         if min(self.sides) < 2:
             return f"its map is {self.outputs[2]}x{self.outputs[3]}: no tile fits"
         return None
+
+    @property
+    def _phases(self) -> tuple[int, int]:
+        """Those of the dilation, which are images of their own; a stride takes its share of it."""
+        geometry = self._geometry(1)
+        return geometry.axis(0)[2], geometry.axis(1)[2]
 
     def _geometry(self, tile: int) -> Geometry:
         conv = self.module
@@ -80,7 +89,7 @@ def convolutions(graph: ModelGraph) -> tuple[list[Convolution], dict[str, str]]:
 
     def see(name: str, module: nn.Conv2d) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            found.setdefault(name, Convolution(name, module, tuple(inputs[0].shape), tuple(output.shape)))
+            found.setdefault(name, Convolution(name, module, tuple(output.shape)))
 
         return module.register_forward_hook(hook)
 
@@ -103,6 +112,23 @@ def convolutions(graph: ModelGraph) -> tuple[list[Convolution], dict[str, str]]:
         found.pop(name)
         left[name] = "it has no batch axis"
     return list(found.values()), left
+
+
+def tags(layers: Mapping[str, nn.Module]) -> dict[str, frozenset[str]]:
+    """What patterns can match, for convolutions in the order in which they run: the name, `type:conv`, `type:grouped`
+    or `type:depthwise`, and `position:first` and `position:last` of them."""
+    names = list(layers)
+    ends = dict(zip(POSITIONS, (names[:1], names[-1:]), strict=True))
+    return {
+        name: frozenset({name, _type(layer), *(tag for tag, at in ends.items() if name in at)})
+        for name, layer in layers.items()
+    }
+
+
+def _type(layer: nn.Module) -> str:
+    if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
+        return "type:conv"
+    return "type:depthwise" if layer.groups == layer.in_channels else "type:grouped"
 
 
 def _not_plain(name: str, module: nn.Conv2d) -> str | None:

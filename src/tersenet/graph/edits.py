@@ -8,122 +8,42 @@ anything but its tensors' axes and its integer sizes.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
 from tersenet.errors import GraphError
 from tersenet.graph import lookup
+from tersenet.graph.edit_fields import (
+    MAX_INDEX,
+    Budget,
+    EditModel,
+    Indices,
+    Name,
+    Order,
+    Size,
+    budget_of,
+    format_indices,
+    parse_indices,
+)
+from tersenet.graph.edits_layers import Group, Quantize, Winograd, find_module, replace_module
 from tersenet.nn.adapter import ChannelAdapter
-from tersenet.nn.group_shuffle import GroupShuffleConv2d
-from tersenet.nn.quantized import QuantizedConv2d
-from tersenet.nn.winograd import WinogradConv2d
-from tersenet.nn.winograd_settings import Quantization, WinogradSettings
 
-_RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", re.ASCII)
-_NUMBERS = re.compile(r"\d{1,8}(,\d{1,8})*", re.ASCII)
-_MAX_INDEX = 10_000_000
+__all__ = [
+    "Adapt", "Attribute", "Axis", "Budget", "Edit", "Group", "Keep", "Quantize", "Reorder", "Resize", "Slice",
+    "Winograd", "format_indices", "is_size", "parse_indices",
+]  # fmt: skip
+
 # Any size that a network's own code keeps, but nothing that says how a layer computes, and nothing of nn.Module's own.
 _SIZE_NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
 _NO_SIZES = frozenset("training stride padding dilation kernel_size output_padding scale_factor".split())
-Name = Annotated[str, Field(max_length=512, pattern=r"^[A-Za-z0-9_.\-]*$")]
 
 
-@dataclass
-class Budget:
-    """How many numbers a file may still stand for: `0-9999999` is short, a thousand of them exhaust memory.
-
-    It is the validation context of whatever reads edits from a file. Large networks need some millions.
-    """
-
-    left: int = 20_000_000
-
-    def take(self, count: int) -> None:
-        if count > self.left:
-            raise ValueError("the file stands for more indices than any network has")
-        self.left -= count
-
-
-def parse_indices(value: object, budget: Budget | None = None) -> tuple[int, ...]:
-    """`"0-3,7"` or any sequence of increasing integers."""
-    if isinstance(value, str):
-        if not _RANGES.fullmatch(value):
-            raise ValueError(f"indices must look like 0-3,7 (got {value[:40]!r})")
-        indices: list[int] = []
-        for part in value.split(","):
-            first, _, last = part.partition("-")
-            start, stop = int(first), int(last or first) + 1
-            if stop > _MAX_INDEX or stop <= start or (indices and start <= indices[-1]):
-                raise ValueError(f"indices {part!r} are out of range or out of order")
-            if budget is not None:
-                budget.take(stop - start)
-            indices.extend(range(start, stop))
-        return tuple(indices)
-    try:
-        array = np.asarray(value, dtype=np.int64).reshape(-1)
-    except (TypeError, OverflowError) as error:
-        raise ValueError(f"indices must be integers ({error})") from None
-    if (np.diff(array) <= 0).any() or (array[:1] < 0).any():
-        raise ValueError("indices must be increasing and not negative")
-    return tuple(array.tolist())
-
-
-def _budget(info: ValidationInfo) -> Budget | None:
-    return info.context if isinstance(info.context, Budget) else None
-
-
-def _read_indices(value: object, info: ValidationInfo) -> tuple[int, ...]:
-    return parse_indices(value, _budget(info))
-
-
-def format_indices(indices: tuple[int, ...]) -> str:
-    """The inverse of `parse_indices`: runs as `first-last`."""
-    if not indices:
-        return ""
-    array = np.asarray(indices)
-    runs = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-Indices = Annotated[tuple[int, ...], BeforeValidator(_read_indices), PlainSerializer(format_indices)]
-
-
-def _read_order(value: object, info: ValidationInfo) -> tuple[int, ...]:
-    """`"2,0,1"` or any sequence that holds each number below its length once."""
-    if isinstance(value, str):
-        if not _NUMBERS.fullmatch(value):
-            raise ValueError(f"an order of channels must look like 2,0,1 (got {value[:40]!r})")
-        value = value.split(",")
-    try:
-        array = np.asarray(value, dtype=np.int64).reshape(-1)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"an order of channels must be of integers ({error})") from None
-    if len(array) == 0 or not np.array_equal(np.sort(array), np.arange(len(array))):
-        raise ValueError("an order of channels must hold each number below its length once")
-    budget = _budget(info)
-    if budget is not None:
-        budget.take(len(array))
-    return tuple(array.tolist())
-
-
-def _format_order(order: tuple[int, ...]) -> str:
-    return ",".join(map(str, order))
-
-
-Order = Annotated[tuple[int, ...], BeforeValidator(_read_order), PlainSerializer(_format_order)]
-
-
-class _Edit(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Slice(_Edit):
+class Slice(EditModel):
     """Keep these indices of one axis of these tensors."""
 
     tensors: tuple[Name, ...]
@@ -136,10 +56,7 @@ def is_size(name: str) -> bool:
     return name not in _NO_SIZES and not name.startswith("_")
 
 
-Size = Annotated[int, Field(ge=0, le=_MAX_INDEX)]
-
-
-class Attribute(_Edit):
+class Attribute(EditModel):
     """A module's integer size, or its list of sizes, after the edit; never larger than before."""
 
     module: Name
@@ -172,7 +89,7 @@ def _shrinks(old: object, new: int | tuple[int, ...]) -> bool:
     return all(_shrinks(o, n) for o, n in zip(old, new, strict=True))  # pyright: ignore[reportUnknownArgumentType]
 
 
-class Keep(_Edit):
+class Keep(EditModel):
     """Keep some channels of a group, everywhere they occur."""
 
     kind: Literal["keep"] = "keep"
@@ -189,7 +106,7 @@ class Keep(_Edit):
             attribute.replay(model)
 
 
-class Resize(_Edit):
+class Resize(EditModel):
     """Sizes that the network's own code keeps in attributes, such as the widths that it splits at."""
 
     kind: Literal["resize"] = "resize"
@@ -200,20 +117,20 @@ class Resize(_Edit):
             attribute.replay(model)
 
 
-class Adapt(_Edit):
+class Adapt(EditModel):
     """Wrap a layer: read only these channels, put its output back at full width, add a constant at the borders."""
 
     kind: Literal["adapt"] = "adapt"
     module: Name
     gather: Indices | None = None
     scatter: Indices | None = None
-    width: int | None = Field(default=None, ge=1, le=_MAX_INDEX)
+    width: int | None = Field(default=None, ge=1, le=MAX_INDEX)
     taps: bool = False
 
     @field_validator("width")
     @classmethod
     def _within_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
-        budget = _budget(info)
+        budget = budget_of(info)
         if budget is not None and value is not None:
             budget.take(value)
         return value
@@ -232,17 +149,17 @@ class Adapt(_Edit):
         if tensor is not None and not tensor.is_meta:
             adapter.to(device=tensor.device, dtype=tensor.dtype)
         adapter.train(layer.training)
-        _replace(model, layer, adapter)
+        replace_module(model, layer, adapter)
 
 
-class Axis(_Edit):
+class Axis(EditModel):
     """One axis of these tensors, which are one tensor under several names."""
 
     tensors: Annotated[tuple[Name, ...], Field(min_length=1)]
     axis: int = Field(ge=0, le=5)
 
 
-class Reorder(_Edit):
+class Reorder(EditModel):
     """Put the channels of a group in another order, everywhere they occur. The network computes the same."""
 
     kind: Literal["reorder"] = "reorder"
@@ -257,74 +174,7 @@ class Reorder(_Edit):
                 _slice_tensor(model, name, part.axis, self.order, new, whole=True)
 
 
-class Group(_Edit):
-    """Make a convolution a grouped one, of `groups` equal blocks of its channels in these orders."""
-
-    kind: Literal["group"] = "group"
-    module: Name
-    groups: int = Field(ge=2, le=65536)
-    rows: Order
-    columns: Order
-
-    def replay(self, model: nn.Module) -> None:
-        layer = find_module(model, self.module)
-        if type(layer) is not nn.Conv2d or layer is model:
-            raise GraphError(f"edit groups {self.module!r}, a {type(layer).__name__}; only a plain Conv2d can be")
-        if (len(self.rows), len(self.columns)) != (layer.out_channels, layer.in_channels):
-            raise GraphError(
-                f"edit orders {len(self.rows)} x {len(self.columns)} channels of {self.module!r}, which has "
-                f"{layer.out_channels} x {layer.in_channels}"
-            )
-        _replace(model, layer, GroupShuffleConv2d.from_conv(layer, self.groups, self.rows, self.columns))
-
-
-class Winograd(_Edit):
-    """Compute a plain convolution by Winograd's F(m, r), with these settings."""
-
-    kind: Literal["winograd"] = "winograd"
-    module: Name
-    settings: WinogradSettings
-
-    def replay(self, model: nn.Module) -> None:
-        conv = _plain_convolution(model, self.module)
-        _replace(model, conv, WinogradConv2d.from_conv(conv, self.settings))
-
-
-class Quantize(_Edit):
-    """Fake-quantize input, weight and output of a plain convolution."""
-
-    kind: Literal["quantize"] = "quantize"
-    module: Name
-    quantization: Quantization
-
-    def replay(self, model: nn.Module) -> None:
-        conv = _plain_convolution(model, self.module)
-        _replace(model, conv, QuantizedConv2d.from_conv(conv, self.quantization))
-
-
 Edit = Annotated[Keep | Resize | Adapt | Reorder | Group | Winograd | Quantize, Field(discriminator="kind")]
-
-
-def _plain_convolution(model: nn.Module, name: str) -> nn.Conv2d:
-    """Raises: GraphError unless it is an nn.Conv2d itself: a subclass computes something else."""
-    layer = find_module(model, name)
-    if type(layer) is not nn.Conv2d or layer is model:
-        raise GraphError(f"edit swaps {name!r}, a {type(layer).__name__}; it must be an nn.Conv2d inside the network")
-    return layer
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    # A module may be registered under several names; it is one layer, and stays one.
-    for place in [name for name, child in model.named_modules(remove_duplicate=False) if child is old]:
-        parent, _, name = place.rpartition(".")
-        setattr(find_module(model, parent), name, new)
-
-
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return lookup.submodule(model, name)
-    except AttributeError as error:
-        raise GraphError(f"edit names the module {name!r}, which this network does not have") from error
 
 
 def _check_count(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import GraphError
+from tersenet.graph.convolutions import tags
 from tersenet.graph.edits import Axis, Group, Reorder
 from tersenet.graph.labels import IntArray
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.proof import compare
-from tersenet.graph.select import check_patterns, matches
+from tersenet.graph.select import check_patterns, matches_any
 from tersenet.graph.shrink import all_names, axis_in
 from tersenet.graph.undo import structure_of
 from tersenet.graph.units import ChannelGroup
@@ -51,22 +52,24 @@ def groupable(graph: ModelGraph, include: Sequence[str], exclude: Sequence[str] 
 
     `exclude` None leaves out the layers that read the network's input. Layers that can't be grouped are left out too:
     already grouped ones, and those whose weights are computed, shared with another layer, or used by other code.
+    `position:first` and `position:last` are those of the plain ones.
 
     Raises:
         UnknownNameError: a pattern that matches no convolution.
         GraphError: no layer is left.
     """
     convolutions = {e.layer: e for e in graph.ends if e.role == "consume" and _is_plain(graph, e.layer)}
+    known = tags({name: graph.model.get_submodule(name) for name in convolutions})
     names = [name for name, module in graph.model.named_modules() if isinstance(module, nn.Conv2d)]
     if names:
         check_patterns([*include, *(exclude or ())], names)
     owners = all_names(graph.model)
     found: list[Groupable] = []
     for name, end in convolutions.items():
-        out = not end.fed_by if exclude is None else matches(name, exclude)
+        out = not end.fed_by if exclude is None else matches_any(known[name], exclude)
         alone = all(graph.trace.ops[use].place.module == name for use in end.uses)
         shared = len({id(_owner(graph.model, n)) for n in owners.get(f"{name}.weight", ())}) != 1
-        if out or not matches(name, include) or end.computed or not alone or shared:
+        if out or not matches_any(known[name], include) or end.computed or not alone or shared:
             continue
         C_out, C_in = graph.tensor(f"{name}.weight").shape[:2]
         macs = sum(use.macs for use in graph.found.layers if use.name == name) // graph.batch

@@ -57,7 +57,7 @@ def select_groups(
     for group in free:
         layers = _layers(graph, group, free)
         out = [*exclude, *default_exclude]
-        if all(_any(names, include) and not _any(names, out) for names in layers.values()):
+        if all(matches_any(names, include) and not matches_any(names, out) for names in layers.values()):
             chosen.append(group)
     if not chosen:
         raise GraphError(_nothing_left(graph))
@@ -74,7 +74,7 @@ def named_rates(graph: ModelGraph, groups: Sequence[ChannelGroup], rates: Mappin
     found: dict[str, float] = {}
     for group in groups:
         layers = _layers(graph, group, groups).values()
-        matching = (rate for pattern, rate in rates.items() if any(_any(names, [pattern]) for names in layers))
+        matching = (rate for pattern, rate in rates.items() if any(matches_any(names, [pattern]) for names in layers))
         rate = next(matching, None)
         if rate is not None:
             found[group.name] = rate
@@ -111,7 +111,8 @@ def _spectral(module: nn.Module) -> bool:
     return any(type(hook).__name__ == "SpectralNorm" for hook in vars(module)["_forward_pre_hooks"].values())
 
 
-def _any(names: Iterable[str], patterns: Sequence[str]) -> bool:
+def matches_any(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    """`matches` for any of a layer's names, types and positions."""
     return any(matches(name, patterns) for name in names)
 
 

@@ -40,7 +40,7 @@ class StructuredSparsification(TrainingMethod):
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     """Share of the groupable convolutions' weights removed (the paper's). A target goes before it."""
     include: tuple[str, ...] = ("*",)
-    """Convolutions to group, by name pattern."""
+    """Convolutions to group, by name pattern, `position:first` or `position:last`."""
     exclude: tuple[str, ...] | None = None
     """Convolutions to leave as they are. Default: those that read the network's input."""
     threshold: float = Field(default=0.1, gt=0, lt=1)
@@ -82,14 +82,17 @@ class StructuredSparsification(TrainingMethod):
         return self
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
-        """Rehearse the grouping on a copy: hours of training must not end with a refusal."""
-        self.preview(graph.copy(), context)
+        """Rehearse the grouping on a copy, in any order: hours of training must not end with a refusal."""
+        self._rehearse(graph.copy(), context, rounds=1)
 
     def preview(self, graph: ModelGraph, context: Context) -> None:
+        self._rehearse(graph, context, self.rounds)
+
+    def _rehearse(self, graph: ModelGraph, context: Context, rounds: int) -> None:
         from tersenet.graph.grouping import group_convolutions, mask_groups
 
         hooks = self.hooks(graph, context)
-        groupings = hooks.decide()
+        groupings = hooks.decide(rounds)
         mask_groups(hooks.graph, groupings)
         group_convolutions(hooks.graph, groupings, self.fuse)
 
@@ -244,13 +247,14 @@ class GroupLearning(Hooks):
         removed = (x.macs - x.macs // groupings[n].groups for n, x in self.layers.items() if n in groupings)
         return self.graph.macs() - sum(removed)
 
-    def decide(self) -> dict[str, Grouping]:
-        """The groups that meet the goal with one threshold for all layers, in the present weights' best order."""
+    def decide(self, rounds: int | None = None) -> dict[str, Grouping]:
+        """The groups that meet the goal with one threshold for all layers, in the present weights' best order, as far
+        as `rounds` (default: the settings') alternations find it."""
         from tersenet.graph.grouping import Grouping
 
         levels = dict.fromkeys(self.layers, 1)
         if self.goal > 0:
-            kept = self.norms_kept(self.learn_orders(self.graph.model, self.settings.rounds))
+            kept = self.norms_kept(self.learn_orders(self.graph.model, rounds or self.settings.rounds))
             threshold = global_threshold(lambda q: self.saved_by(self.levels_at(q, kept)), self.goal)
             levels = self.levels_at(threshold, kept)
             if self.settings.trim:

@@ -51,8 +51,8 @@ class _Swapping(Method):
     """Whether the transforms are trained: `static`, `full` (the paper's flex), `diagonal`, `points`. The last two stay
     exact convolutions."""
     include: tuple[str, ...] = ("*",)
-    """Layers to swap, by name pattern, or `position:first`, `position:last`. 1x1, depthwise and strided convolutions
-    are never swapped, but quantized beside."""
+    """Layers to swap, by name pattern, `position:first`, `position:last`, `type:conv` or `type:grouped`. 1x1 and
+    depthwise convolutions, and without `strided` those with a stride, are never swapped, but quantized beside."""
     exclude: tuple[str, ...] = ("position:first",)
     """Layers that stay as they are, in floating point; by default the first, as in the paper."""
     strided: bool = False
@@ -75,10 +75,10 @@ class _Swapping(Method):
     def apply(self, graph: ModelGraph, context: Context) -> None:
         plan = self.plan(graph, self.quantization)
         train = context.data.train if context.data is not None else None
-        if self.bits is not None and train is None:
+        if self.bits is not None and (train is None or len(train) == 0):
             raise TersenetError(
                 f"{self.method} takes the quantizers' ranges from training images: give some, such as --data digits, "
-                "or `bits: null`"
+                "and at least a batch of them, or `bits: null`"
             )
         for edit in plan.edits:
             graph.apply(edit)
@@ -87,6 +87,7 @@ class _Swapping(Method):
             from tersenet.train.ranges import calibrate_ranges
 
             images = calibrate_ranges(graph.model, train, self.calibration_batches, device=context.device)
+            check_layers(graph.model)
         context.notes += [*plan.notes(), self._origin(plan, images)]
 
     def preview(self, graph: ModelGraph, context: Context) -> None:
@@ -118,25 +119,24 @@ class _Swapping(Method):
         Raises: TersenetError for a pattern that matches nothing, a tile asked for by name that is larger than the map,
             points that don't fit, or if nothing is left to do.
         """
-        from tersenet.graph.convolutions import Plan, convolutions
-        from tersenet.graph.select import check_patterns, matches
+        from tersenet.graph.convolutions import Plan, convolutions, tags
+        from tersenet.graph.select import check_patterns, matches_any
 
         found, left = convolutions(graph)
-        names = [conv.name for conv in found]
+        known = tags({conv.name: conv.module for conv in found})
         plan = Plan(left=left)
-        check_patterns([*self.include, *self.exclude, *self.tiles], [*names, *left])
-        ends = dict(zip(("position:first", "position:last"), (names[:1], names[-1:]), strict=True))
+        check_patterns([*self.include, *self.exclude, *self.tiles], [*known, *left])
         for conv in found:
             plan.before += conv.multiplications()
-            tags = [conv.name, *(tag for tag, name in ends.items() if conv.name in name)]
-            if any(matches(tag, self.exclude) for tag in tags) or not any(matches(tag, self.include) for tag in tags):
+            own = known[conv.name]
+            if matches_any(own, self.exclude) or not matches_any(own, self.include):
                 plan.left[conv.name] = "left out by include or exclude"
                 plan.products += conv.multiplications()
                 continue
-            named: list[Tile] = [
-                wanted for pattern, wanted in self.tiles.items() if any(matches(tag, [pattern]) for tag in tags)
-            ]
-            self._place(plan, conv, named[0] if named else None, quantization)
+            named: Tile | None = next(
+                (tile for pattern, tile in self.tiles.items() if matches_any(own, [pattern])), None
+            )
+            self._place(plan, conv, named, quantization)
         if not plan.tiles and not plan.direct:
             reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in plan.reasons().items())
             raise TersenetError(f"no layer is left for {self.method} ({reasons or 'the network has no convolution'})")
@@ -183,16 +183,24 @@ class _Swapping(Method):
         return min((m for m in (2, 4, 6) if m <= side and (exact or m < 6)), key=conv.multiplications)
 
     def _points(self, conv: Convolution, tile: int) -> str | tuple[str, ...]:
-        """Raises: TersenetError, naming the layer, for points that F(m, r) can't take."""
+        """Raises: TersenetError, naming the layer, for points that F(m, r) can't take or float32 can't compute with."""
+        from tersenet.nn.winograd_transforms import LARGEST_CONDITION
         from tersenet.ops.cook_toom import cook_toom
 
         # The reference has no other transforms than these.
         faithful = self.quantizers == "reference" and self.bits is not None and conv.taps == 3 and tile in (2, 4, 6)
         points = self.points or ("reference" if faithful else "balanced")
         try:
-            cook_toom(tile, conv.taps, points)
+            conditions = cook_toom(tile, conv.taps, points).condition_numbers()
         except TersenetError as error:
             raise TersenetError(f"{conv.name} by F({tile}, {conv.taps}): {error}") from None
+        # Also false for NaN.
+        if not max(conditions.values()) < LARGEST_CONDITION:
+            raise TersenetError(
+                f"{conv.name} by F({tile}, {conv.taps}): with the points {points} the transforms are all but singular "
+                f"(condition number {max(conditions.values()):.3g}, must be below {LARGEST_CONDITION:.0e}); take "
+                "points nearer to 1 and -1, or a smaller tile"
+            )
         return points
 
     def _origin(self, plan: Plan, images: int) -> str:
@@ -251,7 +259,7 @@ class WinogradTraining(Hooks):
 
 
 def check_layers(model: Any) -> None:
-    """Raises: TersenetError, naming the layer, for transforms that became singular or ranges that are not finite."""
+    """Raises: TersenetError, naming the layer, for transforms that are singular or ranges that are not finite."""
     from tersenet.nn.quantized import QuantizedConv2d
     from tersenet.nn.winograd import WinogradConv2d
 

@@ -75,9 +75,12 @@ class WinogradConv2d(nn.Conv2d):
         made = cls(
             conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride), padding,
             _pair(conv.dilation), conv.groups, conv.bias is not None, conv.padding_mode, settings,
-            device=conv.weight.device, dtype=conv.weight.dtype,
+            device="meta", dtype=conv.weight.dtype,
         )  # fmt: skip
         made.weight, made.bias = conv.weight, conv.bias
+        if not conv.weight.is_meta:
+            for module in (made.transforms, made.quantizers):
+                module.to(conv.weight.device)
         return made.train(conv.training)
 
     @property

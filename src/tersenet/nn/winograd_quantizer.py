@@ -90,17 +90,21 @@ class FakeQuantizer(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         stage, state = self.stage()
+        # In 16 bits a small scale would be zero, and a level above 65504 infinite.
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
         with torch.no_grad():
-            scale, found = stage.settle(values.detach(), state)
+            scale, found = stage.settle(wide.detach(), state)
         if found is not None:
             self.observed(found)
-        return fake_quantize(values, state.to(values.dtype) if stage.observing == "no" else scale, stage.rounding)
+        scale = state.to(wide.dtype) if stage.observing == "no" else scale
+        return fake_quantize(wide, scale, stage.rounding).to(values.dtype)
 
     def check(self) -> None:
         """Raises: TersenetError for a range or scale that is not finite."""
         if self.seen and not torch.isfinite(self.range).all():
             raise TersenetError(
-                f"the range of the {self.name} is {self.range.flatten().tolist()[:4]}; it must be finite"
+                f"the range of the {self.name} is {self.range.flatten().tolist()[:4]}; it must be finite: look for NaN "
+                "or inf in the images and the weights, or train with a lower learning rate"
             )
         if self.log2_scale is not None and not torch.isfinite(self.log2_scale).all():
             raise TersenetError(f"the learned scale of the {self.name} is not finite; use a lower learning rate for it")
@@ -116,9 +120,10 @@ class FakeQuantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         values = state_dict.get(prefix + "range")
         if isinstance(values, Tensor) and values.device.type != "meta":
-            if torch.isnan(values).any():
+            seen = bool((values[0] <= values[1]).all())
+            if torch.isnan(values).any() or (seen and torch.isinf(values).any()):
                 raise TersenetError(
-                    f"{prefix}range has NaN: the checkpoint is of a run that diverged; use an earlier one"
+                    f"{prefix}range has NaN or inf: the checkpoint is of a run that diverged; use an earlier one"
                 )
-            self.seen = bool((values[0] <= values[1]).all())
+            self.seen = seen
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -14,8 +14,8 @@ from tersenet.nn.winograd_quantizer import FakeQuantizer
 from tersenet.nn.winograd_settings import Flex, Quantizer
 from tersenet.ops.cook_toom import Transforms, cook_toom
 
-# Singular values of a matrix that lost its rank in float32 differ by more.
-_CONDITION = 1e6
+LARGEST_CONDITION = 1e6
+"""Singular values of a matrix that lost its rank in float32 differ by more."""
 
 
 class TransformMatrices(nn.Module):
@@ -96,10 +96,10 @@ class TransformMatrices(nn.Module):
             values = torch.linalg.svdvals(matrix.detach().double()) if torch.isfinite(matrix).all() else None
             ratio = float("nan") if values is None else float(values[0] / values[-1])
             # Also false for NaN.
-            if not ratio < _CONDITION:
+            if not ratio < LARGEST_CONDITION:
                 raise TersenetError(
                     f"the {_NAMES[name]} of {size} is singular (condition number {ratio:.3g}, "
-                    f"must be below {_CONDITION:.0e}): train it with a lower learning rate and no weight decay"
+                    f"must be below {LARGEST_CONDITION:.0e}): train it with a lower learning rate and no weight decay"
                 )
         for quantizer in self.quantizers.children():
             assert isinstance(quantizer, FakeQuantizer)
