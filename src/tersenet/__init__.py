@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tersenet.api import Result, compress, evaluate, export, load, measure, save, sensitivity
     from tersenet.errors import ArtifactError, GraphError, TersenetError
     from tersenet.graph.model import ModelGraph
+    from tersenet.lowering.lower import lower
     from tersenet.recipe import Recipe
 
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     ),
     **dict.fromkeys(("ArtifactError", "GraphError", "TersenetError"), "tersenet.errors"),
     "ModelGraph": "tersenet.graph.model",
+    "lower": "tersenet.lowering.lower",
     "Recipe": "tersenet.recipe",
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "lower",
     "measure",
     "save",
     "sensitivity",

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 import tersenet as tn
 from graph_support import compare_on, randomise
+from tersenet.calibration.choose import Ranked
 from tersenet.calibration.items import Costs, find_items
 from tersenet.calibration.readers import find_readers
+from tersenet.calibration.refit import contribution
 from tersenet.calibration.sampling import Images, Targets, statistics
 from tersenet.calibration.solver import Solver
 from tersenet.data.bundle import Data
@@ -145,6 +147,131 @@ def test_the_fitted_bias_is_the_whole_bias() -> None:
     torch.testing.assert_close(shifted.second.weight, plain.second.weight, rtol=0, atol=1e-4)
 
 
+class Tokens(nn.Module):
+    """Linear layers on the places of an image; the first reads a view, and its bias is added behind the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 8), nn.Linear(8, CLASSES)
+        with torch.no_grad():
+            self.first.bias.add_(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.second(F.relu(self.first(x))).mean(1)
+
+
+def test_the_bias_is_whole_where_it_is_added_behind_the_product() -> None:
+    whole, model = Tokens().eval(), Tokens().eval()
+    prune(model, rates={"conv": 0.2}, include=("conv",))
+    assert model.first.in_features == 5
+    x = Batches(96, 96, 1).x
+    with torch.no_grad():
+        outputs = [n.first(F.relu(n.conv(x)).flatten(2).transpose(1, 2)).mean((0, 1)) for n in (whole, model)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0.05)
+
+
+class Normed(nn.Module):
+    """A norm over channels between two convolutions: what it gives depends on how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.LayerNorm(12), nn.Conv2d(12, 6, 1)
+        self.head = nn.Linear(6, CLASSES)
+
+    def responses(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.responses(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("select", ["lasso", "first"])
+def test_behind_a_norm_over_channels_the_fit_is_to_what_the_small_network_gives(select: str) -> None:
+    """On the images and places that it was fitted on, least squares leave a residual without a mean and uncorrelated
+    with the fit."""
+    whole, model = Normed().eval(), Normed().eval()
+    prune(model, rates={"first": 0.5}, include=("first",), positions=64, select=select)
+    x = Batches(96, 96, 1).x
+    with torch.no_grad():
+        fitted, missed = model.responses(x), whole.responses(x) - model.responses(x)
+    assert float(missed.mean((0, 2, 3)).abs().max()) < 1e-3 * float(fitted.std())
+    centred = fitted - fitted.mean((0, 2, 3), keepdim=True)
+    assert float((missed * centred).mean((0, 2, 3)).abs().max()) < 1e-3 * float(fitted.var())
+
+
+class Joined(nn.Module):
+    """Two layers read `first`: one alone, one beside the much stronger `other`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.other = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.alone, self.beside = nn.Conv2d(6, 5, 1), nn.Conv2d(10, 5, 1)
+        self.head = nn.Linear(10, CLASSES)
+        with torch.no_grad():
+            self.other.weight *= 100
+            # Alone needs channels 0 to 2, and what is beside the other 3 to 5.
+            self.alone.weight[:, 3:] *= 0.1
+            self.beside.weight[:, :3] *= 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = F.relu(self.first(x))
+        both = torch.cat([first, F.relu(self.other(x))], 1)
+        return self.head(torch.cat([self.alone(first), self.beside(both)], 1).mean((2, 3)))
+
+
+def test_layers_count_by_the_share_of_their_outputs_that_channels_explain() -> None:
+    whole, model = Joined().eval(), Joined().eval()
+    prune(model, rates={"first": 0.5}, include=("first",), positions=64)
+    kept = [next(i for i in range(6) if torch.equal(w, whole.first.weight[i])) for w in model.first.weight]
+    assert kept == [0, 1, 2]
+
+
+def test_what_is_gone_explains_nothing_when_the_next_is_chosen() -> None:
+    """Moments from before a removal give the same contributions as new ones."""
+    solver = solver_of(Joined().eval())
+    items = {i.name: i for i in find_items(solver.graph, ("first", "other"), (), sample=False).all}
+    beside = next(r for r in items["other"].readers if r.layer == "beside")
+    solver._targets = Targets(solver.graph, [beside], solver.images)  # pyright: ignore[reportPrivateUsage]
+    before = solver.statistics([beside])[beside.end]
+    solver.remove(items["first"], Ranked(torch.arange(6)), 2)
+    after = solver.statistics([beside])[beside.end]
+    old, new = (contribution(solver.graph, beside, s, items["other"].units, solver.gone) for s in (before, after))
+    torch.testing.assert_close(old.gram, new.gram, rtol=1e-5, atol=0)
+    torch.testing.assert_close(old.target, new.target, rtol=1e-5, atol=0)
+
+
+def test_rows_are_counted_by_the_places_that_there_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 6), nn.Flatten(), nn.Linear(8, CLASSES))
+    for images, enough in ((4 * 144 - 1, False), (4 * 144, True)):
+        solver = solver_of(model, images)
+        last = next(r for r in find_readers(solver.graph)[0] if r.layer == "2")
+        assert solver._determined(last) is enough  # pyright: ignore[reportPrivateUsage]
+
+
+def test_with_few_rows_a_pull_to_the_old_weights_keeps_images_that_were_not_seen(monkeypatch: Any) -> None:
+    errors: list[float] = []
+    for pull in (None, 0.0):
+        if pull is not None:
+            monkeypatch.setattr("tersenet.calibration.refit._PULL", pull)
+        model = resnet()
+        prune(model, rate=0.3, images=24)
+        errors.append(output_error(resnet(), model))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_random_choices_differ_between_layers_and_not_between_runs() -> None:
+    solver = solver_of(resnet())
+    solver.selection = "random"
+    items = [i for i in find_items(solver.graph, ("*",), (), sample=True).all if i.size == 20]
+    orders = [tuple(solver.choice(item, {}).order.tolist()) for item in items]
+    assert len(set(orders)) == len(items) > 1
+    assert orders == [tuple(solver.choice(item, {}).order.tolist()) for item in items]
+
+
 class Block(nn.Module):
     """A residual block behind a stem whose damage only the branch's last layer can make up for."""
 
@@ -242,7 +369,7 @@ def test_a_target_is_met_and_used(target: str, allocate: str, residual: str) -> 
     prune(model, target, allocate=allocate, residual=residual)
     after = ModelGraph(model, EXAMPLE)
     used = (after.macs() if wanted.kind == "macs" else after.params()) / wanted.limit(whole)
-    assert 0.98 < used <= 1
+    assert 0.99 <= used <= 1
 
 
 def test_multiples_and_bounds() -> None:

@@ -23,6 +23,7 @@ from tersenet.recipe_target import Target
 Curves = dict[str, NDArray[np.float64]]
 """Item -> (size + 1,) error with 0, 1, ... units left."""
 _LEVELS = 64
+_WELL_USED = 0.99  # share of a budget below which what is left of it is large
 
 
 def uniform(sizes: Mapping[str, int], rate: float, rounding: Rounding) -> Counts:
@@ -95,27 +96,50 @@ def allocate(costs: Costs, curves: Curves, target: Target, original: int, roundi
 
 
 def _given_back(costs: Costs, left: NDArray[np.int64], curves: Curves, limit: int, rounding: Rounding) -> Counts:
-    """The same with more units, those first that lower the error most for their cost, until the budget is used up."""
+    """The same with more units, until the budget is used up.
+
+    Where none fits into a large rest any more, one item gives up a step, if others can use more than it frees.
+    """
     places = [i for i, item in enumerate(costs.items) if item.name in curves]
+    best = _filled(costs, left, curves, limit, rounding, places)
+
+    def worth(row: NDArray[np.int64]) -> tuple[float, float]:
+        return min(costs(row), _WELL_USED * limit), -sum(float(curves[costs.items[i].name][row[i]]) for i in places)
+
+    if costs(best) < _WELL_USED * limit:
+        rows = [best]
+        for i in places:
+            fewer = rounding.left(costs.items[i].size, (int(best[i]) - 1) // rounding.multiple * rounding.multiple)
+            if 0 < fewer < best[i]:
+                row = best.copy()
+                row[i] = fewer
+                rows.append(_filled(costs, row, curves, limit, rounding, [j for j in places if j != i]))
+        best = max(rows, key=worth)
+    return {item.name: int(count) for item, count in zip(costs.items, best, strict=True)}
+
+
+def _filled(
+    costs: Costs, left: NDArray[np.int64], curves: Curves, limit: int, rounding: Rounding, places: list[int]
+) -> NDArray[np.int64]:
+    """More units of the items at `places`, those first that lower the error most for their cost."""
     used = costs(left)
     while used < USED_UP * limit:
-        best: tuple[float, int, int, int] | None = None
+        best: tuple[float, NDArray[np.int64], int] | None = None
         for i in places:
             size = costs.items[i].size
-            wanted = rounding.left(size, int(left[i]) + 1)
             if left[i] >= size:
                 continue
             more = left.copy()
-            more[i] = wanted
+            more[i] = rounding.left(size, int(left[i]) + 1)
             cost = costs(more)
             curve = curves[costs.items[i].name]
-            gain = (curve[left[i]] - curve[wanted]) / max(cost - used, 1)
+            gain = float(curve[left[i]] - curve[more[i]]) / max(cost - used, 1)
             if cost <= limit and (best is None or gain > best[0]):
-                best = (gain, i, wanted, cost)
+                best = (gain, more, cost)
         if best is None:
             break
-        left[best[1]], used = best[2], best[3]
-    return {item.name: int(count) for item, count in zip(costs.items, left, strict=True)}
+        _, left, used = best
+    return left
 
 
 def _row(costs: Costs, left: Mapping[str, int]) -> NDArray[np.int64]:

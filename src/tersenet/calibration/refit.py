@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.calibration.readers import Reader, outputs_left, owners, through_norm, units_read
-from tersenet.calibration.sampling import Statistics
+from tersenet.calibration.sampling import Statistics, has_intercept
 from tersenet.graph.labels import IntArray, NDArrayBool
 from tersenet.graph.model import ModelGraph
 from tersenet.ops.contributions import Contributions, contributions
@@ -23,6 +23,9 @@ from tersenet.ops.least_squares import channel_columns, error_curve, error_of, f
 
 _NO_SCALE = 1e-4
 """Of the largest scale of a batch norm: outputs with a smaller one are left as they are."""
+
+_ROWS_EACH = 100  # rows for each input from which on a fit needs no ridge
+_PULL = 1.0  # ridge for one row for each input
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class _Part:
     def taps(self) -> int:
         return self.weight[0, 0].numel()
 
+    def without(self, gone: NDArrayBool) -> Tensor:
+        """The weight with zeros for inputs that are gone: they may have been there when the moments were taken."""
+        return self.weight.clone().index_fill_(1, _places(gone[self.units], self.weight), 0)
+
 
 def _parts(graph: ModelGraph, reader: Reader, found: Statistics, gone: NDArrayBool) -> list[_Part]:
     weight = _scaled(graph.model, reader)
@@ -52,6 +59,10 @@ def _parts(graph: ModelGraph, reader: Reader, found: Statistics, gone: NDArrayBo
     ]
 
 
+def _places(chosen: NDArrayBool, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(chosen)).to(like.device)
+
+
 def _scaled(model: nn.Module, reader: Reader) -> Tensor:
     weight = model.get_parameter(f"{reader.layer}.weight").detach().double()
     affine = through_norm(model, reader)
@@ -61,13 +72,17 @@ def _scaled(model: nn.Module, reader: Reader) -> Tensor:
 def contribution(
     graph: ModelGraph, reader: Reader, found: Statistics, wanted: IntArray, gone: NDArrayBool
 ) -> Contributions:
-    """What each of the units `wanted` contributes to a layer; whatever else it reads stays."""
-    parts = [
-        contributions(part.moments, part.weight).of_units(owners(part.units, wanted), len(wanted))
-        for part in _parts(graph, reader, found, gone)
+    """What each of the units `wanted` contributes to a layer; whatever else it reads and is not `gone` stays.
+
+    The energy is that of all it should give: what the other units explain does not make these count for more.
+    """
+    parts = _parts(graph, reader, found, gone)
+    each = [
+        contributions(part.moments, part.without(gone)).of_units(owners(part.units, wanted), len(wanted))
+        for part in parts
     ]
-    gram, target = torch.stack([p.gram for p in parts]).sum(0), torch.stack([p.target for p in parts]).sum(0)
-    return Contributions(gram, target, sum(p.energy for p in parts))
+    gram, target = torch.stack([c.gram for c in each]).sum(0), torch.stack([c.target for c in each]).sum(0)
+    return Contributions(gram, target, sum(part.moments.energy for part in parts))
 
 
 def curve(
@@ -111,7 +126,8 @@ def refit(
         kept = torch.nonzero(~out)[:, 0]
         columns = channel_columns(kept, part.taps)
         prior = part.weight[:, kept.to(weight.device)].flatten(1)
-        done = fit(part.moments, columns, prior=prior)
+        seen = part.moments.rows // (1 if has_intercept(graph.model, reader) else 2)
+        done = fit(part.moments, columns, prior=prior, ridge=_ridge(seen, len(columns)))
         rows, chosen = left[part.group], usable[part.group]
         within = chosen[rows]
         fitted = torch.zeros_like(part.weight)
@@ -130,6 +146,14 @@ def refit(
         weight.copy_(new.view(weight.shape))
         _shift(graph, reader, module, usable.flatten(), mean.flatten(), variance.flatten(), target.flatten())
     return (missed / energy if energy else 0.0), notices
+
+
+def _ridge(rows: int, inputs: int) -> float:
+    """The pull to the old weights, in units of the inputs' mean sum of squares.
+
+    With few rows for each input, least squares follow what is peculiar to these images.
+    """
+    return _PULL * inputs / rows if rows < _ROWS_EACH * inputs else 0.0
 
 
 def _shift(

@@ -13,7 +13,7 @@ harm.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tersenet.data.bundle import Loader, first_tensor
 from tersenet.errors import TersenetError
 from tersenet.graph.labels import NDArrayBool
 from tersenet.graph.model import ModelGraph
-from tersenet.graph.replay import Action, replay
+from tersenet.graph.replay import Action, over_kept, replay
 from tersenet.ops.gram import Moments
 from tersenet.ops.rows import conv_rows, draw_positions, output_rows
 from tersenet.train.batch import move
@@ -89,7 +89,7 @@ def statistics(
     found = {reader.end: _empty(graph, reader, gone) for reader in readers}
     for number, batch in enumerate(images.batches()):
         read = _Seen(graph, readers, _Places(images, number, batch), outputs=targets is None)
-        read.run(graph.model, batch)
+        read.run(graph.model, batch, over_kept(graph, gone))
         for reader in readers:
             for use in reader.uses:
                 if targets is None:
@@ -199,8 +199,8 @@ class _Seen:
             if reader.sum is not None:
                 self.actions[reader.sum[0]] = self._sum(reader, self.actions.get(reader.sum[0]))
 
-    def run(self, model: nn.Module, batch: tuple[Any, ...]) -> None:
-        """As far as it has to."""
+    def run(self, model: nn.Module, batch: tuple[Any, ...], others: Mapping[int, Action] | None = None) -> None:
+        """As far as it has to; `others` are what else is done in place of operators."""
         before = self.actions[self.last]
 
         def stop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,12 +208,15 @@ class _Seen:
             raise _Enough
 
         try:
-            replay(model, self.graph.trace, batch, {**self.actions, self.last: stop})
+            replay(model, self.graph.trace, batch, {**(others or {}), **self.actions, self.last: stop})
         except _Enough:
             return
 
     def _layer(self, reader: Reader, use: int) -> Action:
         argument = self.graph.ends[reader.end].reads_argument
+        # A linear layer adds its bias behind the product where it reads a view: it belongs to what is wanted.
+        apart = getattr(self.graph.model.get_submodule(reader.layer), "bias", None)
+        apart = apart if self.graph.trace.ops[use].name == "mm" else None
 
         def look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result: Tensor = func(*args, **kwargs)
@@ -222,6 +225,7 @@ class _Seen:
                 most = self.places.images.positions * self.places.count
                 rows = self.places.of(use, 1, len(x), most)[0].to(x.device)
                 x, y = x[rows], result.detach()[rows]
+                y = y if apart is None else y + apart.detach()
             else:
                 flat = result.detach().flatten(2)[:, :, None]
                 at = self.places.of(use, len(x), flat.shape[3], self.places.images.positions)

@@ -5,6 +5,7 @@ The network keeps its shape while that is done: removed channels are zero everyw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ from tersenet.calibration.readers import Reader, units_read
 from tersenet.calibration.refit import plain_error, refit
 from tersenet.calibration.sampling import Images, Statistics, Targets, statistics
 from tersenet.data.bundle import first_tensor
+from tersenet.data.order import generator
 from tersenet.graph.compact import mask, silence
 from tersenet.graph.labels import IntArray, NDArrayBool
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.precision import full_float32
+from tersenet.graph.replay import over_kept, replay
 from tersenet.graph.trace import running, tensors_in
 from tersenet.train import distributed
 from tersenet.train.batch import forward
@@ -72,8 +75,8 @@ class Solver:
                 self._fit(reader, known if len(known) == 1 else {}, waiting)
 
     def choice(self, item: Item, known: dict[int, Statistics]) -> Choice:
-        generator = torch.Generator().manual_seed(self.images.seed)
-        return choose(self.graph, item, known, self.selection, self.gone, generator)
+        drawn = generator("channels", self.images.seed, item.name)
+        return choose(self.graph, item, known, self.selection, self.gone, drawn)
 
     def statistics(self, readers: Sequence[Reader]) -> dict[int, Statistics]:
         """Of the network as it is and of what is wanted of it; before the run, that is what it gives."""
@@ -152,7 +155,8 @@ class Solver:
         if not self.reconstruct:
             self.notes.append(f"{reader.layer}: {whole - lost} of {whole} inputs left, weights as they were")
             return
-        found = known.get(reader.end) if waiting else None
+        # A mean over channels, such as a layer norm's, has changed with those that went since then.
+        found = known.get(reader.end) if waiting and not self.graph.found.statistics else None
         found = self.statistics([reader])[reader.end] if found is None else found
         before = plain_error(self.graph, reader, found, list(self.left_out(reader)), self.gone)
         error, notices = self.fit(reader, found)
@@ -164,9 +168,13 @@ class Solver:
 
     def _determined(self, reader: Reader) -> bool:
         """Whether there are rows enough to fit a layer that has lost nothing itself, to what earlier ones have lost."""
-        per_image = 1 if isinstance(self.graph.model.get_submodule(reader.layer), nn.Linear) else self.images.positions
+        linear = isinstance(self.graph.model.get_submodule(reader.layer), nn.Linear)
+        shapes = [self.graph.trace.slots[self.graph.trace.ops[use].result.slot].shape for use in reader.uses]
+        # Outputs of one image: of a linear layer its rows, of a convolution its places.
+        each = [shape[0] // self.graph.batch if linear else math.prod(shape[2:]) for shape in shapes]
+        rows = self.images.seen() * sum(min(count, self.images.positions) for count in each)
         inputs = self.graph.model.get_parameter(f"{reader.layer}.weight")[0].numel()
-        return self.reconstruct and self.images.seen() * per_image >= 4 * inputs
+        return self.reconstruct and rows >= 4 * inputs
 
     def _drop_inputs(self, reader: Reader) -> None:
         weight = self.graph.model.get_parameter(f"{reader.layer}.weight").detach()
@@ -184,6 +192,10 @@ class Solver:
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         with running(model), full_float32():
-            outputs = [tensors_in(forward(model, batch)) for batch in self._probe]
+            actions = over_kept(self.graph, self.gone)
+            outputs = [
+                tensors_in(replay(model, self.graph.trace, batch, actions) if actions else forward(model, batch))
+                for batch in self._probe
+            ]
         floating = [[x.detach().double() for x in batch if x.is_floating_point()] for batch in outputs]
         return [torch.cat(parts) for parts in zip(*floating, strict=True)]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tersenet.cli import (
+    bench,
     compress,
     console,
     data,
@@ -37,6 +38,7 @@ app.command(epilog=compress.EXAMPLES)(compress.compress)
 app.command(epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=measure.EXAMPLES)(measure.measure)
+app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=sensitivity.EXAMPLES)(sensitivity.sensitivity)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=report.EXAMPLES)(report.report)

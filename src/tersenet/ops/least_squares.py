@@ -69,7 +69,7 @@ def fit(moments: Moments, columns: Tensor | None = None, *, prior: Tensor | None
     after = before - float((change * missing).sum()) - added * float(change.square().sum())
     weight = start + change.T
     bias = moments.mean_y - weight @ mean
-    notice = _notice(moments, xx.diagonal(), added and not ridge)
+    notice = _notice(moments, xx.diagonal(), added and (not ridge or moments.rows <= inputs))
     return Fit(weight, bias, _share(after, moments.energy), added, notice)
 
 

@@ -1,0 +1,76 @@
+"""tersenet bench"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tersenet.cli import options
+from tersenet.cli.console import columns, examples, note, note_random_weights, show
+
+if TYPE_CHECKING:
+    from tersenet.lowering.bench import Bench
+
+EXAMPLES = examples(
+    "tersenet bench resnet18",
+    "tersenet bench runs/r56/model --layers --threads 1",
+    "tersenet bench resnet20 --batch 8 --peer eager --peer compile --json",
+)
+
+
+def bench(
+    model: options.ModelArgument,
+    weights: options.WeightsOption = None,
+    base: options.BaseOption = None,
+    shapes: options.InputOption = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Images in a pass.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", min=1, help="For every runtime; by default torch's number.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Passes of each runtime.")] = 30,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="NAME",
+            help="eager, compile, onnxruntime, openvino; repeatable. By default all that are installed, but compile.",
+        ),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Each convolution's kernel and times.")] = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Lower a network for this machine and time it against other runtimes, in turns, all in float32.
+
+    Stop other programs first: the figures are wall-clock times.
+    """
+    sizes = options.input_sizes(shapes)
+    from tersenet import api
+    from tersenet.lowering.bench import bench as run
+
+    network, example = api.open_example(model, weights, base, sizes=sizes, batch=batch)
+    chosen = {"peers": tuple(peers)} if peers else {}
+    found, fast = run(network, example, threads=threads, rounds=rounds, **chosen)
+    note_random_weights(model, weights)
+    for name, reason in found.missing.items():
+        note(f"note: {name} is left out: {reason}")
+    document = {"model": model, "input": list(example[0].shape), **found.to_dict(), "lowered": fast.report.to_dict()}
+    text = f"\n\n{fast.report}" if layers else ""
+    show(document, lambda: _table(found) + text, as_json)
+
+
+def _table(found: Bench) -> str:
+    own = found.timings["tersenet"].median_ms
+    rows = (
+        (
+            name,
+            f"{time.median_ms:.3f} ms",
+            f"{time.low_ms:.3f} to {time.high_ms:.3f} ms",
+            f"{time.median_ms / own:.2f}x",
+            f"{time.error:.1e}",
+        )
+        for name, time in found.timings.items()
+    )
+    table = columns(("RUNTIME", "MEDIAN", "QUARTILES", "TIME / OURS", "ERROR"), rows)
+    how = f"batch {found.batch}, {found.threads} thread(s), {found.rounds} rounds in turns, float32"
+    return f"{table}\n{how}, {found.environment['processor']}"

@@ -1,0 +1,184 @@
+"""One network on the runtimes that are installed: the same outputs, timed in turns."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersenet.environment import environment, installed
+from tersenet.errors import TersenetError, UnknownNameError
+from tersenet.exporting.onnx import export_onnx
+from tersenet.exporting.program import first_line
+from tersenet.graph.copies import copied
+from tersenet.graph.trace import tensors_in
+from tersenet.lowering.lower import Lowered, channels_last, distance, lower
+
+PEERS = ("eager", "compile", "onnxruntime", "openvino")
+Runner = Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a pass: median and quartiles. `error`: relative L2 distance from eager's outputs."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Every runtime that ran, and why others did not."""
+
+    timings: dict[str, Timing]
+    missing: dict[str, str]
+    batch: int
+    threads: int
+    rounds: int
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def bench(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    peers: Sequence[str] = ("eager", "onnxruntime", "openvino"),
+    threads: int | None = None,
+    rounds: int = 30,
+) -> tuple[Bench, Lowered]:
+    """`model` lowered, against `peers`, all float32 and on the same number of threads.
+
+    Every round runs each once and starts with another one. Weights are packed and memory is channels-last before time
+    is taken, where a runtime can do that.
+
+    Raises:
+        TersenetError: an unknown peer, rounds or threads below 1.
+        GraphError: the network can't be lowered.
+    """
+    for peer in peers:
+        if peer not in PEERS:
+            raise UnknownNameError("runtime", peer, PEERS, f"Known: {', '.join(PEERS)}")
+    if rounds < 1 or (threads is not None and threads < 1):
+        raise TersenetError(f"rounds (={rounds}) and threads (={threads}) must be at least 1")
+    before = torch.get_num_threads()
+    used = threads or before
+    torch.set_num_threads(used)
+    try:
+        fast = lower(model, inputs)
+        eager = copied(model).eval()
+        ordered = tuple(map(channels_last, inputs))
+        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+            expected = tensors_in(eager(*inputs))
+            runners: dict[str, Runner] = {"tersenet": lambda: tensors_in(fast(*ordered))}
+            missing: dict[str, str] = {}
+            for peer in dict.fromkeys(peers):
+                try:
+                    runners[peer] = _MAKERS[peer](eager, inputs, used, Path(folder))
+                    runners[peer]()
+                except Exception as error:  # a peer's own failure is a line in the table
+                    runners.pop(peer, None)
+                    missing[peer] = first_line(error)
+            errors = {name: _error(run(), expected) for name, run in runners.items()}
+            times = _measured(runners, rounds)
+    finally:
+        torch.set_num_threads(before)
+    timings = {name: _timing(times[name], errors[name]) for name in runners}
+    where = {**environment("cpu"), "onnxruntime": installed("onnxruntime"), "openvino": installed("openvino")}
+    return Bench(timings, missing, len(inputs[0]), used, rounds, {**where, "threads": used}), fast
+
+
+def _measured(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    order = list(runners)
+    for turn in range(rounds):
+        shift = turn % len(order)
+        for name in order[shift:] + order[:shift]:
+            start = time.perf_counter_ns()
+            runners[name]()
+            times[name].append((time.perf_counter_ns() - start) / 1e6)
+    return times
+
+
+def _timing(times: list[float], error: float) -> Timing:
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+    return Timing(statistics.median(times), low, high, error)
+
+
+def _error(found: list[Tensor], expected: list[Tensor]) -> float:
+    return max((distance(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+
+
+def _eager(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+    network = copied(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    ordered = tuple(map(channels_last, inputs))
+    return lambda: tensors_in(network(*ordered))
+
+
+def _compiled(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+    network = copied(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network: Any = torch.compile(network, options={"freezing": True})
+    ordered = tuple(map(channels_last, inputs))
+
+    def run() -> list[Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            return tensors_in(network(*ordered))
+
+    return run
+
+
+def _onnx_file(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Path:
+    path = folder / "network.onnx"
+    if not path.exists():
+        with torch.inference_mode(False):
+            export_onnx(model, path, tuple(x.clone() for x in inputs))
+    return path
+
+
+def _onnxruntime(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    path = str(_onnx_file(model, inputs, folder))
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {entry.name: np.ascontiguousarray(x.numpy()) for entry, x in zip(session.get_inputs(), inputs, strict=True)}
+    return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def _openvino(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+    openvino = importlib.import_module("openvino")
+    core = openvino.Core()
+    read = core.read_model(str(_onnx_file(model, inputs, folder)))
+    read.reshape({port: list(x.shape) for port, x in zip(read.inputs, inputs, strict=True)})
+    # Its default precision is bfloat16 where the processor has it.
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+    }
+    request = core.compile_model(read, "CPU", settings).create_infer_request()
+    arrays = [np.ascontiguousarray(x.numpy()) for x in inputs]
+
+    def run() -> list[Tensor]:
+        request.infer(arrays, share_inputs=True)
+        return [torch.from_numpy(np.array(output.data)) for output in request.output_tensors]
+
+    return run
+
+
+_MAKERS = {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime, "openvino": _openvino}

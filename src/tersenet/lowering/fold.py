@@ -1,0 +1,116 @@
+"""Batch norms, and other scales and shifts of channels, folded into the layer before them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tersenet.lowering.program import attribute, constant, reader
+
+_aten = torch.ops.aten
+_LAYERS = frozenset(
+    [
+        _aten.conv1d.default,
+        _aten.conv2d.default,
+        _aten.conv3d.default,
+        _aten.conv1d.padding,
+        _aten.conv2d.padding,
+        _aten.conv3d.padding,
+        _aten.linear.default,
+    ]
+)
+# torch.export's own form, and the one that is left when it has been made functional.
+_BATCH_NORM = _aten.batch_norm.default
+_FUNCTIONAL_NORM = _aten._native_batch_norm_legit_no_training.default
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """y * scale + shift for each channel, float64; `nodes` compute it, the last one gives the result."""
+
+    scale: Tensor
+    shift: Tensor
+    nodes: tuple[fx.Node, ...]
+
+
+def fold_affine(made: fx.GraphModule) -> int:
+    """Fold what reads a layer alone, computing in float64. Returns how many operators that were."""
+    folded = 0
+    for node in list(made.graph.nodes):
+        if node.target in _LAYERS:
+            while (found := _affine(made, node)) is not None and _fold(made, node, found):
+                folded += 1
+    return folded
+
+
+def _fold(made: fx.GraphModule, layer: fx.Node, affine: _Affine) -> bool:
+    args: Any = layer.args
+    weight = constant(made, args[1])
+    given = args[2] if len(args) > 2 else layer.kwargs.get("bias")
+    bias = constant(made, given)
+    if weight is None or (bias is None) != (given is None):
+        return False
+    scaled = weight.double() * affine.scale.view(-1, *[1] * (weight.dim() - 1))
+    shifted = affine.shift if bias is None else affine.shift + bias.double() * affine.scale
+    kept = {key: value for key, value in layer.kwargs.items() if key != "bias"}
+    new = [attribute(made, value.to(weight.dtype), layer) for value in (scaled, shifted)]
+    layer.args = (args[0], *new, *args[3:])
+    layer.kwargs = kept
+    affine.nodes[-1].replace_all_uses_with(layer)
+    for node in reversed(affine.nodes):
+        made.graph.erase_node(node)
+    return True
+
+
+def _affine(made: fx.GraphModule, layer: fx.Node) -> _Affine | None:
+    """The batch norm, factor or summand that alone reads `layer`."""
+    node = reader(layer)
+    value = layer.meta["val"]
+    if node is None or value.dim() < 2 or (layer.target is _aten.linear.default and value.dim() != 2):
+        return None
+    if node.target in (_BATCH_NORM, _FUNCTIONAL_NORM):
+        return _norm(made, layer, node)
+    if node.target not in (_aten.mul.Tensor, _aten.add.Tensor) or node.kwargs or len(node.args) != 2:
+        return None
+    other: Any = node.args[1] if node.args[0] is layer else node.args[0]
+    operand = constant(made, other)
+    if operand is None or operand.dtype != value.dtype or node.meta["val"].shape != value.shape:
+        return None
+    channels = _per_channel(operand.double(), tuple(value.shape[1:]))
+    if channels is None:
+        return None
+    if node.target is _aten.mul.Tensor:
+        return _Affine(channels, torch.zeros_like(channels), (node,))
+    return _Affine(torch.ones_like(channels), channels, (node,))
+
+
+def _norm(made: fx.GraphModule, layer: fx.Node, node: fx.Node) -> _Affine | None:
+    functional = node.target is _FUNCTIONAL_NORM
+    result = reader(node) if functional else node
+    weight, bias, mean, variance = (constant(made, arg) for arg in node.args[1:5])
+    if node.args[0] is not layer or result is None or mean is None or variance is None:
+        return None
+    if (functional and result.args[1:] != (0,)) or (not functional and node.args[5]):
+        return None
+    if (weight is None) != (node.args[1] is None) or (bias is None) != (node.args[2] is None):
+        return None
+    epsilon: Any = node.args[6 if functional else 7]
+    scale = (variance.double() + epsilon).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    shift = -mean.double() * scale
+    return _Affine(scale, shift if bias is None else shift + bias.double(), tuple(dict.fromkeys((node, result))))
+
+
+def _per_channel(operand: Tensor, shape: tuple[Any, ...]) -> Tensor | None:
+    """(C,) if `operand`, broadcast to (N, *shape), is one value for each channel."""
+    if operand.dim() > len(shape) + 1 or (operand.dim() == len(shape) + 1 and operand.shape[0] != 1):
+        return None
+    if not all(isinstance(size, int) for size in shape):
+        return None
+    full = operand.reshape(operand.shape[-len(shape) :]) if operand.dim() > len(shape) else operand
+    full = full.expand(shape).reshape(shape[0], -1)
+    return full[:, 0].clone() if bool((full == full[:, :1]).all()) else None

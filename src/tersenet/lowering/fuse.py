@@ -1,0 +1,117 @@
+"""Convolutions found in the graph, with the sum and the activation that follow, and put into one module each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tersenet.lowering.layers import Layer, Pair, TorchConvolution
+from tersenet.lowering.program import constant, erase, reader
+
+_aten = torch.ops.aten
+_PLAIN: dict[Any, str] = {
+    _aten.relu.default: "relu",
+    _aten.relu6.default: "relu6",
+    _aten.silu.default: "silu",
+    _aten.hardswish.default: "hardswish",
+}
+_CUTS = frozenset([_aten.hardtanh.default, _aten.clamp.default])
+_FIELDS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_DEFAULTS: dict[str, Any] = {"bias": None, "stride": [1], "padding": [0], "dilation": [1], "groups": 1}
+
+
+def fuse(made: fx.GraphModule) -> dict[str, Layer]:
+    """Replace every convolution of images by a module `layer_0`, ... of plain torch; returns what each computes.
+
+    Later convolutions come first, since of two that are added only one can take the sum.
+    """
+    found: dict[str, Layer] = {}
+    nodes = [node for node in made.graph.nodes if node.target in (_aten.conv2d.default, _aten.conv2d.padding)]
+    for number, node in reversed(list(enumerate(nodes))):
+        layer = _fused(made, node, f"layer_{number}")
+        if layer is not None:
+            found[f"layer_{number}"] = layer
+    return dict(reversed(found.items()))
+
+
+def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> Layer | None:
+    given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_FIELDS, node.args, strict=False)), **node.kwargs}
+    weight, bias = constant(made, given["weight"]), constant(made, given["bias"])
+    if weight is None or (bias is None) != (given["bias"] is None) or node.meta["val"].dim() != 4:
+        return None
+    stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
+    padding = _padding(given["padding"], stride, dilation, weight.shape[2:])
+    if padding is None or weight.dtype != torch.float32:
+        return None
+    nodes = [node]
+    residual = _residual(node)
+    if residual is not None:
+        nodes.append(next(iter(node.users)))
+    activation = _activation(nodes[-1])
+    if activation is not None:
+        nodes.append(next(iter(nodes[-1].users)))
+    layer = Layer(
+        name=_name(node),
+        weight=weight.clone(),
+        bias=None if bias is None else bias.clone(),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=given["groups"],
+        residual=residual is not None,
+        activation=activation or "none",
+    )
+    made.add_module(target, TorchConvolution(layer))
+    with made.graph.inserting_before(nodes[-1]):
+        call = made.graph.call_module(target, (given["input"], *([residual] if residual is not None else [])))
+    call.meta = dict(nodes[-1].meta)
+    nodes[-1].replace_all_uses_with(call)
+    erase(made, nodes)
+    return layer
+
+
+def _residual(node: fx.Node) -> fx.Node | None:
+    """What is added to `node`, if the sum alone reads it and both have one shape."""
+    add = reader(node)
+    if add is None or add.target is not _aten.add.Tensor or add.kwargs.get("alpha", 1) != 1 or len(add.args) != 2:
+        return None
+    other: Any = add.args[1] if add.args[0] is node else add.args[0]
+    value = getattr(other, "meta", {}).get("val")
+    if other is node or not isinstance(other, fx.Node) or not isinstance(value, torch.Tensor):
+        return None
+    same = value.shape == node.meta["val"].shape and value.dtype == torch.float32
+    return other if same else None
+
+
+def _activation(node: fx.Node) -> str | None:
+    after = reader(node)
+    if after is None:
+        return None
+    if after.target in _PLAIN:
+        return _PLAIN[after.target]
+    if after.target in _CUTS and tuple(after.args[1:]) == (0, 6) and not after.kwargs:
+        return "relu6"
+    return None
+
+
+def _pair(value: Any) -> Pair:
+    return (int(value[0]), int(value[-1]))
+
+
+def _padding(value: Any, stride: Pair, dilation: Pair, kernel: torch.Size) -> Pair | None:
+    """None for one that is not the same on both sides."""
+    if value == "valid":
+        return (0, 0)
+    if value != "same":
+        return _pair(value)
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return None if any(size % 2 for size in total) else (total[0] // 2, total[1] // 2)
+
+
+def _name(node: fx.Node) -> str:
+    """The path of the module that ran the convolution, or the operator's name outside of any."""
+    stack: Any = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path if path and not path.startswith("_empty") else node.name

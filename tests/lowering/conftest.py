@@ -1,0 +1,14 @@
+"""Compiled kernels and measured times go to a folder of this test session."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERSENET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,58 @@
+"""`tersenet bench`: what it says and what it refuses; never the times themselves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tersenet as tn
+from tersenet.cli.main import main
+from tersenet.lowering import bench as module
+from tersenet.lowering.bench import bench
+
+
+def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "resnet8", "--rounds", "2", "--peer", "eager", "--threads", "1", "--json"])
+    assert ended.value.code == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["timings"].keys() == {"tersenet", "eager"}
+    assert document["threads"] == 1
+    assert all(layer["times"] for layer in document["lowered"]["layers"])
+    for timing in document["timings"].values():
+        assert 0 < timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
+        assert timing["error"] < 1e-3
+
+
+def test_onnxruntime_computes_the_same() -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 4))
+    found, _ = bench(model, (torch.randn(2, 3, 9, 9),), peers=("onnxruntime",), rounds=1)
+    assert found.missing == {}
+    assert found.timings["onnxruntime"].error < 1e-5
+
+
+def test_a_runtime_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> module.Runner:
+        raise RuntimeError("no such device\nmore")
+
+    monkeypatch.setitem(module._MAKERS, "openvino", broken)
+    found, _ = bench(nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 9, 9),), peers=("openvino",), rounds=1)
+    assert found.missing == {"openvino": "no such device"}
+    assert found.timings.keys() == {"tersenet"}
+
+
+def test_bad_arguments() -> None:
+    x = (torch.randn(1, 3, 9, 9),)
+    before = torch.get_num_threads()
+    with pytest.raises(tn.TersenetError, match="unknown runtime 'openvno'; did you mean 'openvino'"):
+        bench(nn.Conv2d(3, 4, 3), x, peers=("openvno",))
+    with pytest.raises(tn.TersenetError, match=r"rounds \(=0\)"):
+        bench(nn.Conv2d(3, 4, 3), x, rounds=0)
+    with pytest.raises(tn.TersenetError, match=r"torch\.export"):
+        bench(nn.Conv2d(4, 4, 3), x, threads=2)
+    assert torch.get_num_threads() == before
