@@ -39,7 +39,8 @@ def test_a_log_file_gets_one_line_per_epoch() -> None:
     assert progress.done == "the end of step 2/2 soft_filter_pruning"
 
 
-def test_a_terminal_gets_a_line_that_changes() -> None:
+def test_a_terminal_gets_a_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
     progress = Progress(Status(stream))
     for event in EVENTS[:3]:
