@@ -155,7 +155,7 @@ def main(epochs: int = 1) -> None:
     data = {"train": [(images, targets)]}
     # What batch norm makes of removed channels may go, since training follows; else it is kept, by extra operators.
     lean = {"steps.0.constants": "zero"}
-    result = tn.compress(detector, "magnitude_once", data=data, target="macs=50%", overrides=lean)
+    result = tn.compress(detector, "magnitude", data=data, target="macs=50%", overrides=lean)
     before, after, net = result.report.before, result.report.after, result.model
     print(f"MACs {before.macs:,} -> {after.macs:,}, parameters {before.params:,} -> {after.params:,}")
     print(f"compact against masked: {result.report.steps[0].equality}")

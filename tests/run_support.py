@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from tersenet.cli.main import main
 
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
@@ -49,6 +52,16 @@ def start(*command: str, **more: Any) -> subprocess.Popen[str]:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file in `folder` with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """What a command prints with --json; it has to succeed."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0, err
+    return json.loads(out)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tersenet as tn
-from run_support import loaders
+from run_support import json_of, loaders
 from tersenet.cli.main import main
 from tersenet.errors import TersenetError
 from tersenet.graph.record import InputSpec, TensorSpec, record_of
@@ -66,15 +67,7 @@ SPEC = InputSpec(shape=(3, 8, 8), more=(TensorSpec(shape=(1, 16, 16)), TensorSpe
 def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> dict[str, Any]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*arguments, "--json"])
-        out, err = capsys.readouterr()
-        assert ended.value.code == 0, err
-        return json.loads(out)
-
-    return run
+    return partial(json_of, capsys)
 
 
 def test_several_inputs_are_compressed_saved_and_loaded(tmp_path: Path) -> None:
@@ -140,7 +133,7 @@ def test_the_command_line_takes_an_input_for_each_and_remembers_them(cli: Cli, t
 def test_a_networks_input_is_never_guessed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TersenetError, match=r"Fused is your own network.*give data, example=\(x,\) or input_shape="):
         tn.compress(Fused(), HALF, device="cpu")
-    for command in (["compress", "test_inputs:pair", "--recipe", "magnitude_once"], ["measure", "test_inputs:pair"]):
+    for command in (["compress", "test_inputs:pair", "--recipe", "magnitude"], ["measure", "test_inputs:pair"]):
         with pytest.raises(SystemExit) as ended:
             main(command)
         assert ended.value.code == 1

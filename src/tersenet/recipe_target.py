@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from tersenet.errors import TersenetError
 
@@ -37,3 +40,15 @@ class Target:
     def limit(self, original: int) -> int:
         """The largest count that meets the target, for a network that has `original`."""
         return int(original * self.value + 1e-6) if self.relative else int(self.value)
+
+
+def _understood(text: str) -> str:
+    try:
+        Target.parse(text)
+    except TersenetError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+TargetText = Annotated[str, AfterValidator(_understood)]
+"""A setting that holds a budget as it was written."""

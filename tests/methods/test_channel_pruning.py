@@ -463,10 +463,10 @@ def test_a_dry_run_needs_no_data() -> None:
         assert any("shared out evenly here" in note for note in report.steps[0].notes)
 
 
-@pytest.mark.parametrize("recipe", ["channel_pruning", "channel_pruning_once"])
+@pytest.mark.parametrize("recipe", ["channel_pruning_finetune", "channel_pruning"])
 def test_shipped_recipes(recipe: str) -> None:
     overrides: dict[str, Any] = {"steps.0.images": 64}
-    if recipe == "channel_pruning":
+    if recipe == "channel_pruning_finetune":
         overrides["steps.1.fit.epochs"] = 1
     report = tn.compress("resnet8", recipe, target="macs=60%", data="digits", overrides=overrides, device="cpu").report
     assert 0.59 <= report.after.macs / report.before.macs <= 0.6

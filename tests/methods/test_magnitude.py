@@ -194,9 +194,9 @@ def test_settings_that_a_recipe_check_refuses(settings: dict[str, Any]) -> None:
         Magnitude(**settings)
 
 
-@pytest.mark.parametrize("recipe", ["magnitude", "magnitude_once"])
+@pytest.mark.parametrize("recipe", ["magnitude_finetune", "magnitude"])
 def test_shipped_recipes(recipe: str) -> None:
-    training = recipe == "magnitude"
+    training = recipe == "magnitude_finetune"
     overrides = {"steps.1.fit.epochs": 1} if training else {}
     data = "digits" if training else None
     report = tn.compress("resnet8", recipe, target="macs=40%", data=data, overrides=overrides, device="cpu").report

@@ -28,7 +28,7 @@ EXAMPLES = examples(
     "tersenet compress my_package.nets:make --recipe mine.yaml \\",
     "    --data my_package.data:loaders --target macs=50%",
     "",
-    "tersenet compress my_package.nets:make --recipe magnitude_once --input 3x64x64",
+    "tersenet compress my_package.nets:make --recipe magnitude --input 3x64x64",
     "",
     "torchrun --nproc-per-node 8 -m tersenet compress resnet50 \\",
     "    --recipe sfp_resnet50_imagenet --data imagefolder:DIR",

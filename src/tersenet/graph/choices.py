@@ -8,7 +8,7 @@ network on another input, can be compared with the trace from the first operator
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -101,14 +101,20 @@ class Choices(TorchDispatchMode):
 
     def _mark(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            with suppress(NotImplementedError):
+            if _has_storage(tensor):
                 reference = StorageWeakRef(tensor.untyped_storage())
                 self._depending.setdefault(reference.cdata, reference)
 
     def _depends(self, args: Any) -> bool:
-        with suppress(NotImplementedError):
-            return any(StorageWeakRef(tensor.untyped_storage()).cdata in self._depending for tensor in _tensors(args))
-        return True  # a tensor without a storage, such as a sparse one
+        return any(
+            not _has_storage(tensor) or StorageWeakRef(tensor.untyped_storage()).cdata in self._depending
+            for tensor in _tensors(args)
+        )
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """A sparse tensor has none; what is made of it may depend on anything."""
+    return tensor.layout is torch.strided
 
 
 def repeating(inputs: list[Tensor], known: list[Choice]) -> Choices | nullcontext[None]:

@@ -28,25 +28,25 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
                 saved.append((value, value.copy()))  # pyright: ignore
 
     def restore() -> None:
-        for now, before in saved:
-            _put_back(now, before)
+        for held, before in saved:
+            _put_back(held, before)
 
     return restore
 
 
-def _put_back(now: Any, before: Any) -> None:
+def _put_back(held: Any, before: Any) -> None:
     """Give a dict, list or set its entries back, in place, since others may hold it too."""
-    if isinstance(now, dict):
-        if len(now) == len(before) and all(now.get(k, now) is v for k, v in before.items()):  # pyright: ignore
+    if isinstance(held, dict):
+        if len(held) == len(before) and all(held.get(k, held) is v for k, v in before.items()):  # pyright: ignore
             return
-        for key in [key for key in now if key not in before]:  # pyright: ignore
-            del now[key]
-        now.update(before)
-        if list(now) != list(before):  # pyright: ignore[reportUnknownArgumentType]
-            now.clear()
-            now.update(before)
-    elif isinstance(now, list):
-        now[:] = before
-    elif now != before:
-        now.intersection_update(before)
-        now.update(before)
+        for key in [key for key in held if key not in before]:  # pyright: ignore
+            del held[key]
+        held.update(before)
+        if list(held) != list(before):  # pyright: ignore[reportUnknownArgumentType]
+            held.clear()
+            held.update(before)
+    elif isinstance(held, list):
+        held[:] = before
+    elif held != before:
+        held.intersection_update(before)
+        held.update(before)

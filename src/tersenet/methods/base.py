@@ -50,6 +50,10 @@ class Context:
     equality: Equality | None = None
     masked: Accuracy | None = None
 
+    def target_for(self, own: str | None) -> Target | None:
+        """A step's own budget, or else the recipe's."""
+        return Target.parse(own) if own else self.target
+
 
 class Method(BaseModel):
     """Base of all methods. One that doesn't train does everything in `apply`.

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from tersenet.errors import TersenetError
 from tersenet.methods.base import Context, Method
-from tersenet.recipe_target import Target
+from tersenet.recipe_target import Target, TargetText
 
 if TYPE_CHECKING:
     from tersenet.calibration.items import Costs, Counts, Items
@@ -37,7 +37,7 @@ class ChannelPruning(Method):
     rates: dict[str, Rate] = Field(default_factory=dict)
     """Rates of single layers or stages, by pattern; the first pattern that matches counts. `input:LAYER` stands for
     what a layer reads of a residual trunk in mode `independent`."""
-    target: str | None = None
+    target: TargetText | None = None
     """This step's own budget (`macs=75%` of the original), for several steps on the way to the recipe's."""
     allocate: Literal["measured", "uniform"] = "measured"
     """How a target is shared out: by each layer's measured damage to the outputs, or the same share of every layer."""
@@ -60,15 +60,6 @@ class ChannelPruning(Method):
     """Training images to calibrate on."""
     positions: int = Field(default=10, ge=1)
     """Output positions sampled of every layer in each image."""
-
-    @field_validator("target")
-    @classmethod
-    def _target_is_understood(cls, value: str | None) -> str | None:
-        try:
-            Target.parse(value or "macs=100%")
-        except TersenetError as error:
-            raise ValueError(str(error)) from None
-        return value
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
         """Restores the network's numbers if anything fails."""
@@ -105,7 +96,7 @@ class ChannelPruning(Method):
         graph = graph.with_residual("coupled")
         items = self._items(graph)
         left = self._uniform(graph, items, self._fixed(items, context), context)
-        if self._target(context) is not None and self.allocate == "measured":
+        if context.target_for(self.target) is not None and self.allocate == "measured":
             context.notes.append("the target was shared out evenly here; a run does it by measured errors")
         kept: Kept = {}
         for item in items.all:
@@ -125,7 +116,7 @@ class ChannelPruning(Method):
         assert context.data.train is not None
         images = Images(context.data.train, self.images, self.positions, context.seed, context.device)
         solver = Solver(graph, images, self.select, self.reconstruct)
-        before, target = graph.macs(), self._target(context)
+        before, target = graph.macs(), context.target_for(self.target)
         free = [item for item in items.all if item.name not in fixed]
         if target is None or self.allocate == "uniform" or not free:
             left = self._uniform(graph, items, fixed, context)
@@ -159,9 +150,6 @@ class ChannelPruning(Method):
 
         return find_items(graph, self.include, self.exclude, sample=self.residual == "independent")
 
-    def _target(self, context: Context) -> Target | None:
-        return Target.parse(self.target) if self.target else context.target
-
     def _rounding(self) -> Rounding:
         from tersenet.graph.budget import Rounding
 
@@ -178,7 +166,7 @@ class ChannelPruning(Method):
 
         rates = named_rates(items, self.rates)
         free = [item for item in items.all if item.name not in rates]
-        if free and self._target(context) is None:
+        if free and context.target_for(self.target) is None:
             if self.rate is None:
                 raise TersenetError("channel_pruning needs a rate (share of channels removed) or a target (macs=50%)")
             rates |= {item.name: self.rate for item in free}
@@ -191,13 +179,13 @@ class ChannelPruning(Method):
     def _costs(self, graph: ModelGraph, items: Items, context: Context) -> tuple[Costs, int]:
         from tersenet.calibration.items import Costs
 
-        kind = (self._target(context) or Target("macs", 1.0, relative=True)).kind
+        kind = (context.target_for(self.target) or Target("macs", 1.0, relative=True)).kind
         return Costs(graph, items.all, kind), (context.original_macs if kind == "macs" else context.original_params)
 
     def _uniform(self, graph: ModelGraph, items: Items, fixed: Counts, context: Context) -> Counts:
         from tersenet.calibration.allocation import uniform_within
 
-        target = self._target(context)
+        target = context.target_for(self.target)
         if target is None or len(fixed) == len(items.all):
             return fixed
         costs, original = self._costs(graph, items, context)

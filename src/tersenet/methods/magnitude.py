@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from tersenet.errors import TersenetError
 from tersenet.methods.base import Context, Method
-from tersenet.recipe_target import Target
+from tersenet.recipe_target import TargetText
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ class Magnitude(Method):
     """Share of the channels removed: of every layer, or with `scope: global` of all together. A target goes before."""
     rates: dict[str, Rate] = Field(default_factory=dict)
     """Rates of single layers or stages, by pattern; the first pattern that matches counts."""
-    target: str | None = None
+    target: TargetText | None = None
     """This step's own budget (`macs=75%` of the original), for several steps on the way to the recipe's."""
     score: Literal["l1", "l2", "fpgm", "bn_scale", "taylor", "activation", "apoz", "random"] = "l1"
     """What makes a channel important. `taylor`, `activation` and `apoz` look at training images."""
@@ -63,15 +63,6 @@ class Magnitude(Method):
     """Training batches that `taylor`, `activation` and `apoz` look at."""
     recalibrate_bn: int = Field(default=0, ge=0)
     """Training batches from which batch norm statistics are estimated anew after pruning."""
-
-    @field_validator("target")
-    @classmethod
-    def _target_is_understood(cls, value: str | None) -> str | None:
-        try:
-            Target.parse(value or "macs=100%")
-        except TersenetError as error:
-            raise ValueError(str(error)) from None
-        return value
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
         loader = context.data.train if context.data is not None else None
@@ -116,7 +107,7 @@ class Magnitude(Method):
         from tersenet.graph.budget import Rounding, kept_at, kept_within, rank_globally, rank_locally
         from tersenet.graph.select import named_rates
 
-        target = Target.parse(self.target) if self.target else context.target
+        target = context.target_for(self.target)
         named = named_rates(graph, groups, self.rates)
         free = [group.name for group in groups if group.name not in named]
         if free and target is None and self.rate is None:
