@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from tersenet.errors import GraphError
+from tersenet.graph.dispatch import Dispatch
 
 CHOOSING = frozenset(
     "nonzero _local_scalar_dense equal is_nonzero nms _unique2 unique_dim unique_consecutive unique_dim_consecutive "
@@ -42,7 +42,7 @@ class Choice:
     made: Any
 
 
-class Choices(TorchDispatchMode):
+class Choices(Dispatch):
     """Inside, choices by values are noted in `made`, or made as `known` says.
 
     Their operators still run where modes outside of this one count operators: enter this one first.

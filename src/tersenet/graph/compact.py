@@ -33,6 +33,7 @@ from tersenet.nn.adapter import ChannelAdapter
 from tersenet.results import Equality
 
 Constants = Literal["auto", "exact", "zero"]
+_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
 @dataclass
@@ -67,13 +68,14 @@ def compact(graph: ModelGraph, kept: Kept, constants: Constants = "auto") -> Com
     groups = [g for g in graph.groups if gone[g.units].any()]
     ends = [graph.ends[end] for end in {member.end for group in groups for member in group.members}]
     keeps = cuts(graph.model, graph.trace, graph.found, graph.units, graph.fixed.mends, gone)
-    undo = _undo(graph, ends, gone)
+    shifted: list[tuple[Tensor, Tensor]] = []
+    undo = _undo(graph, ends, gone, shifted)
     try:
         mask(graph, kept)
         plan, zeroed, measured = _exact_plan(graph, groups, gone, constants)
         plan.keeps = keeps
         runs = runs_to_repeat(graph, gone, measured)
-        _carry_out(graph, plan)
+        _carry_out(graph, plan, shifted)
         equality = prove(graph, runs, measured)
     except BaseException:
         undo()
@@ -81,24 +83,29 @@ def compact(graph: ModelGraph, kept: Kept, constants: Constants = "auto") -> Com
     return Compaction(equality, sorted(zeroed))
 
 
-def _undo(graph: ModelGraph, ends: list[End], gone: NDArrayBool) -> Callable[[], None]:
-    """A function that puts back what `compact` changes: removed channels' numbers, biases, and the structure."""
+def _undo(
+    graph: ModelGraph, ends: list[End], gone: NDArrayBool, shifted: list[tuple[Tensor, Tensor]]
+) -> Callable[[], None]:
+    """A function that puts back what `compact` changes: removed channels' numbers, the structure, and the tensors in
+    `shifted` (tensor, what it was), which is filled later."""
     restore, known = structure_of(graph.model), dict(graph.__dict__)
     rows: list[tuple[Tensor, int, Tensor, Tensor]] = []
     for end in ends:
-        for name in () if end.role == "consume" else end.tensors:
+        if end.role == "consume":
+            continue
+        places = torch.from_numpy(np.flatnonzero(gone[graph.units.of[end.labels]]))
+        for name in end.tensors:
+            if name.endswith(_STATISTICS):
+                continue
             tensor = graph.tensor(name).detach()
-            axis = axis_in(end, tensor.dim())
-            index = torch.from_numpy(np.flatnonzero(gone[graph.units.of[end.labels]])).to(tensor.device)
+            axis, index = axis_in(end, tensor.dim()), places.to(tensor.device)
             rows.append((tensor, axis, index, tensor.index_select(axis, index)))
-    shifted = [t for n, t in graph.model.state_dict(keep_vars=True).items() if n.endswith((".bias", ".running_mean"))]
-    values = [(tensor, tensor.detach().clone()) for tensor in shifted]
 
     def undo() -> None:
         restore()
         graph.__dict__.update(known)
         with torch.no_grad():
-            for tensor, value in values:
+            for tensor, value in reversed(shifted):
                 tensor.copy_(value)
             for tensor, axis, index, value in reversed(rows):
                 tensor.index_copy_(axis, index, value)
@@ -141,12 +148,13 @@ def mask(graph: ModelGraph, kept: Kept) -> None:
             weight.index_fill_(end.axis, index.to(weight.device), 0)
 
 
-def _carry_out(graph: ModelGraph, plan: _Plan) -> None:
+def _carry_out(graph: ModelGraph, plan: _Plan, shifted: list[tuple[Tensor, Tensor]]) -> None:
     for edit in plan.keeps:
         graph.apply(edit)
     for name, delta in plan.shifts.items():
-        shifted = graph.tensor(name).detach()
-        shifted += delta.to(shifted)
+        tensor = graph.tensor(name).detach()
+        shifted.append((tensor, tensor.clone()))
+        tensor += delta.to(tensor)
     for edit in plan.adapts:
         graph.apply(edit)
     for (module, name), value in plan.buffers.items():
@@ -229,14 +237,18 @@ def _mean_behind(trace: Trace, end: End) -> str | None:
 
 @torch.no_grad()
 def silence(graph: ModelGraph, group: ChannelGroup, gone: NDArrayBool) -> None:
-    """gamma = beta = 0 in every batch norm of a group, and no bias, for its removed channels."""
+    """gamma = beta = 0 in every batch norm of a group, and no bias, for its removed channels, whose filters `mask` has
+    made zero."""
+    # An end may carry channels of other groups too, whose constants are compensated.
+    silent = np.zeros_like(gone)
+    silent[group.units] = gone[group.units]
     for member in group.members:
         end = graph.ends[member.end]
-        # An end may carry channels of other groups too, whose constants are compensated.
-        units = graph.units.of[end.labels]
-        places = torch.from_numpy(np.flatnonzero(gone[units] & np.isin(units, group.units)))
-        for name in () if end.role == "consume" else end.tensors:
-            if name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
+        if end.role == "consume":
+            continue
+        places = torch.from_numpy(np.flatnonzero(silent[graph.units.of[end.labels]]))
+        for name in end.tensors[1:] if end.role == "produce" else end.tensors:
+            if name.endswith(_STATISTICS):
                 continue
             tensor = graph.tensor(name)
             tensor.index_fill_(axis_in(end, tensor.dim()), places.to(tensor.device), 0)

@@ -98,10 +98,13 @@ class Keep(EditModel):
     attributes: tuple[Attribute, ...] = ()
 
     def replay(self, model: nn.Module) -> None:
+        places: dict[int, NDArray[np.int64]] = {}
         for part in self.slices:
             new: dict[int, torch.Tensor] = {}
+            if id(part.keep) not in places:
+                places[id(part.keep)] = np.asarray(part.keep, dtype=np.int64)
             for name in part.tensors:
-                _slice_tensor(model, name, part.axis, part.keep, new)
+                _slice_tensor(model, name, part.axis, places[id(part.keep)], new)
         for attribute in self.attributes:
             attribute.replay(model)
 
@@ -171,7 +174,7 @@ class Reorder(EditModel):
         for part in self.axes:
             new: dict[int, torch.Tensor] = {}
             for name in part.tensors:
-                _slice_tensor(model, name, part.axis, self.order, new, whole=True)
+                _slice_tensor(model, name, part.axis, np.asarray(self.order, dtype=np.int64), new, whole=True)
 
 
 Edit = Annotated[Keep | Resize | Adapt | Reorder | Group | Winograd | Quantize, Field(discriminator="kind")]
@@ -190,7 +193,7 @@ def _slice_tensor(
     model: nn.Module,
     name: str,
     axis: int,
-    keep: tuple[int, ...],
+    keep: NDArray[np.int64],
     made: dict[int, torch.Tensor],
     whole: bool = False,
 ) -> None:
@@ -203,12 +206,11 @@ def _slice_tensor(
         raise GraphError(f"edit names the tensor {name!r}, which this network does not have")
     if whole and (axis >= tensor.dim() or len(keep) != tensor.shape[axis]):
         raise GraphError(f"edit orders {len(keep)} places of axis {axis} of {name!r}, of shape {tuple(tensor.shape)}")
-    if not whole and (axis >= tensor.dim() or not keep or keep[-1] >= tensor.shape[axis]):
-        last = keep[-1] if keep else "nothing"
+    if not whole and (axis >= tensor.dim() or not len(keep) or keep[-1] >= tensor.shape[axis]):
+        last = keep[-1] if len(keep) else "nothing"
         raise GraphError(f"edit keeps index {last} of axis {axis} of {name!r}, whose shape is {tuple(tensor.shape)}")
     if id(tensor) not in made:
-        index: NDArray[np.int64] = np.asarray(keep, dtype=np.int64)
-        kept = tensor.detach().index_select(axis, torch.from_numpy(index).to(tensor.device))
+        kept = tensor.detach().index_select(axis, torch.from_numpy(keep).to(tensor.device))
         made[id(tensor)] = nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
     # Assigning keeps a buffer a buffer, and its persistence.
     setattr(owner, leaf, made[id(tensor)])

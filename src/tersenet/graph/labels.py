@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tersenet.graph import lookup
 from tersenet.graph.trace import Op, Ref, Slot, Trace, children
 
 Residual = Literal["coupled", "independent"]
@@ -143,7 +144,7 @@ class Labeller:
         self.residual: Residual = residual
         self.out = Labelling()
         self.values: dict[int, Any] = {}
-        self.modules = dict(model.named_modules())
+        self.modules = lookup.named_modules(model)
         self._axis_labels: dict[Key, IntArray] = {}
         self._end_index: dict[tuple[str, int, str], int] = {}
 

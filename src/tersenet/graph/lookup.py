@@ -1,4 +1,4 @@
-"""A network's parts by their names, as fast as dictionaries are: torch's own lookup costs ten times that."""
+"""A network's parts and their names, as fast as dictionaries are: torch's own lookup costs ten times that."""
 
 from __future__ import annotations
 
@@ -14,6 +14,36 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
             # A module that hands on what it wraps.
             return model.get_submodule(path)
     return module
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules in torch's order, each under its first name."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[path] = module
+        children = module._modules  # pyright: ignore[reportPrivateUsage]
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + n, m) for n, m in reversed(children.items()) if m is not None]
+    return found
+
+
+def names_of_tensors(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter or buffer -> all its names, the first owner's first: a tensor may have several."""
+    names: dict[int, list[str]] = {}
+    for path, module in named_modules(model).items():
+        prefix = f"{path}." if path else ""
+        for table in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
+            for name, tensor in table.items():
+                if tensor is not None:
+                    names.setdefault(id(tensor), []).append(prefix + name)
+    return names
 
 
 def own_tensor(owner: nn.Module, name: str) -> Tensor | None:

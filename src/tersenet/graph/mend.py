@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tersenet.graph import lookup
 from tersenet.graph.choices import repeating
+from tersenet.graph.dispatch import Dispatch
 from tersenet.graph.edits import is_size
 from tersenet.graph.labels import Labelling, NDArrayBool, varying
 from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running, same_operator, tensors_in
@@ -151,7 +152,7 @@ def _dim(op: Op, place: int) -> int:
     return op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
 
 
-class _Compare(TorchDispatchMode):
+class _Compare(Dispatch):
     """Checks every operator of the smaller copy against the trace."""
 
     def __init__(self, trace: Trace, sizes: Sizes) -> None:
@@ -217,7 +218,7 @@ def first_difference(copy: nn.Module, example: Any, trace: Trace, sizes: Sizes) 
 def options(model: nn.Module, trace: Trace, sizes: Sizes, op: Op) -> list[list[Mend]]:
     """Ways to set attributes so that `op` gets the numbers that it has to get."""
     changed = [(lit, new) for lit, new in sizes.literals(op) if lit.old != new]
-    module = dict(model.named_modules()).get(op.place.module)
+    module = lookup.named_modules(model).get(op.place.module)
     if not changed or module is None:
         return []
     names = attributes_at(op.place)
@@ -263,7 +264,7 @@ def _candidates(path: str, module: nn.Module, names: list[str], literal: Literal
 
 def alike(trace: Trace, model: nn.Module, way: list[Mend], sizes: Sizes) -> list[Mend]:
     """The same change at the same line in every other module of that class."""
-    modules = dict(model.named_modules())
+    modules = lookup.named_modules(model)
     first = trace.ops[way[0].literal.op]
     made = list(way)
     for op in trace.ops:
@@ -289,7 +290,7 @@ def alike(trace: Trace, model: nn.Module, way: list[Mend], sizes: Sizes) -> list
 def values(mends: list[Mend], model: nn.Module, trace: Trace, sizes: Sizes) -> dict[tuple[str, str], Any]:
     """(module, attribute) -> what it has to be."""
     found: dict[tuple[str, str], Any] = {}
-    modules = dict(model.named_modules())
+    modules = lookup.named_modules(model)
     for mend in mends:
         new = dict(sizes.literals(trace.ops[mend.literal.op])).get(mend.literal)
         if new is None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.errors import GraphError
 from tersenet.graph.choices import Choice, Choices, repeating
+from tersenet.graph.dispatch import Dispatch
 from tersenet.graph.labels import NDArrayBool
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.precision import full_float32
@@ -23,7 +23,7 @@ Action = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """What is done in place of an operator: it gets the function, its arguments and keyword arguments."""
 
 
-class _Replay(TorchDispatchMode):
+class _Replay(Dispatch):
     def __init__(self, trace: Trace, actions: dict[int, Action]) -> None:
         super().__init__()
         self._ops = trace.ops

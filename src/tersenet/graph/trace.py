@@ -1,8 +1,8 @@
 """A network as a flat list of operators: what ran in one forward pass, seen from the dispatcher.
 
-The network is really run, so whatever runs can be traced, also where Python looks at values. What is seen are the
-operators that remain when torch has taken its composite ones apart: some eighty of them make up all convolutional
-networks.
+The network is really run, so whatever runs can be traced, also where Python looks at values. (Before it does,
+convolutions and products of matrices make zeros: until then only shapes count.) What is seen are the operators that
+remain when torch has taken its composite ones apart: some eighty of them make up all convolutional networks.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersenet.errors import GraphError
+from tersenet.graph import lookup
 from tersenet.graph.choices import Choice, Choices, is_choice
+from tersenet.graph.dispatch import Dispatch
 from tersenet.graph.undo import structure_of
 from tersenet.nn.adapter import ChannelAdapter
 
 _aten = torch.ops.aten
 SAME = frozenset([_aten.detach.default, _aten.alias.default, _aten.clone.default])
 """Operators that are not counted: the same values. How often torch copies depends on sizes and memory order."""
+_PRODUCTS = frozenset([_aten.convolution.default, _aten.addmm.default, _aten.mm.default])
+"""Operators that take nearly all of a network's time."""
 _VIEWS = frozenset([_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default])
 
 
@@ -114,7 +117,7 @@ class Trace:
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode inside; afterwards every module is in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in lookup.named_modules(model).values()}
     model.eval()
     try:
         yield
@@ -127,7 +130,7 @@ def evaluating(model: nn.Module) -> Generator[None]:
 def running(model: nn.Module) -> Generator[None]:
     """How networks are run here: in evaluation mode, without gradients and without fused attention modules. Afterwards
     the network is as it was."""
-    modules = list(model.modules())
+    modules = lookup.named_modules(model).values()
     for module in modules:
         if isinstance(module, ChannelAdapter):
             module.forget()
@@ -195,14 +198,6 @@ def _recorded(model: nn.Module, example: tuple[Any, ...], recorder: _Recorder) -
     return recorder.finish(output)
 
 
-def canonical_names(model: nn.Module) -> dict[int, str]:
-    """id of a parameter or buffer -> the name that its first owner gives it."""
-    names: dict[int, str] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        names.setdefault(id(tensor), name)
-    return names
-
-
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
     if isinstance(value, Tensor):
@@ -223,7 +218,13 @@ def refs_in(value: Any) -> list[Ref]:
     return [value] if isinstance(value, Ref) else [ref for item in children(value) for ref in refs_in(item)]
 
 
-class _Recorder(TorchDispatchMode):
+def _zeros_of(func: Any, args: Any) -> Tensor:
+    """What an operator makes, but zeros: as long as nothing is chosen by values, only the shape counts."""
+    like = func(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=args[0].device).zero_()
+
+
+class _Recorder(Dispatch):
     """Writes operators down. Without `choices` it stops at the first choice by values."""
 
     def __init__(self, model: nn.Module, example: tuple[Any, ...], choices: Choices | None = None) -> None:
@@ -231,8 +232,8 @@ class _Recorder(TorchDispatchMode):
         self.found = Trace(choices=choices.made if choices is not None else [])
         self.choosing = False
         self._choices = choices
-        self._names = canonical_names(model)
-        self._paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+        self._names = lookup.names_of_tensors(model)
+        self._paths = {id(module): path for path, module in lookup.named_modules(model).items()}
         self._slots: dict[int, int] = {}
         # Keeps every tensor alive, so that no other one gets its id.
         self._alive: list[Tensor] = []
@@ -245,7 +246,8 @@ class _Recorder(TorchDispatchMode):
         if self._choices is None and is_choice(func, args):
             self.choosing = True
             raise _Choosing
-        result = func(*args, **(kwargs or {}))
+        skipped = self._choices is None and func in _PRODUCTS
+        result = _zeros_of(func, args) if skipped else func(*args, **(kwargs or {}))
         if self.found.chosen_from is None and any(choice.by_values for choice in self.found.choices[-1:]):
             self.found.chosen_from = len(self.found.ops)
         if func in SAME:
@@ -290,7 +292,7 @@ class _Recorder(TorchDispatchMode):
             return known
         self._slots[id(tensor)] = len(self.found.slots)
         self._alive.append(tensor)
-        name = self._names.get(id(tensor))
+        name = self._names.get(id(tensor), (None,))[0]
         floating = tensor.is_floating_point()
         small = tensor.numel() <= 1 << 22 and not tensor.is_meta
         if small and (not floating if made or name else True):

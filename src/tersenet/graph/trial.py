@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from tersenet.graph import lookup
 from tersenet.graph.edits import Keep, Resize
 from tersenet.graph.labels import Labelling
 from tersenet.graph.mend import Fixed, Mend, Sizes, alike, first_difference, options
@@ -129,7 +130,7 @@ class _Smaller:
 
 def _drop_values(model: nn.Module) -> None:
     known: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in lookup.named_modules(model).values():
         for table in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
             for name, tensor in table.items():
                 if tensor is not None:

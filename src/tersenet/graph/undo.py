@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 from torch import nn
+
+from tersenet.graph.lookup import named_modules
 
 _TABLES = frozenset(["_parameters", "_buffers", "_modules"])
 # Hooks and the like: torch's own, and many.
@@ -20,11 +23,12 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
     What is written into tensors in place is not undone.
     """
     saved: list[tuple[Any, Any]] = []
-    for module in model.modules():
+    for module in named_modules(model).values():
         own = module.__dict__
         saved.append((own, dict(own)))
-        for name, value in own.items():
-            if name not in _LEFT_ALONE and isinstance(value, (dict, list, set)):
+        for name in own.keys() - _LEFT_ALONE:
+            value = own[name]
+            if isinstance(value, (dict, list, set)):
                 saved.append((value, value.copy()))  # pyright: ignore
 
     def restore() -> None:
@@ -37,7 +41,7 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
 def _put_back(held: Any, before: Any) -> None:
     """Give a dict, list or set its entries back, in place, since others may hold it too."""
     if isinstance(held, dict):
-        if len(held) == len(before) and all(held.get(k, held) is v for k, v in before.items()):  # pyright: ignore
+        if len(held) == len(before) and all(map(is_, held, before)) and all(map(is_, held.values(), before.values())):  # pyright: ignore
             return
         for key in [key for key in held if key not in before]:  # pyright: ignore
             del held[key]

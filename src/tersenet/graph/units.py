@@ -128,7 +128,7 @@ def _groups(
         reason = reasons[int(frozen[units[0]])]
         scatter = None
         if not reason:
-            scatter, reason = _scatter_end(found, set(of[found.ends[makers[0]].labels].tolist()), of, indices)
+            scatter, reason = _scatter_end(found, of[found.ends[makers[0]].labels], of, indices)
         name = found.ends[makers[0]].layer
         names[name] = names.get(name, 0) + 1
         groups.append(
@@ -155,8 +155,11 @@ def _places(axis_units: IntArray, units: IntArray) -> IntArray:
     return indices[np.argsort(at[indices], kind="stable")].reshape(len(units), -1)
 
 
-def _scatter_end(found: Labelling, units: set[int], of: IntArray, indices: list[int]) -> tuple[int | None, str]:
+def _scatter_end(found: Labelling, made: IntArray, of: IntArray, indices: list[int]) -> tuple[int | None, str]:
     """The one end behind which this group's channels return to full width, or why there is no such place."""
+    if not found.scatters:
+        return None, ""
+    units = set(made.tolist())
     ends: set[int] = set()
     for labels, origin, place in found.scatters:
         if units.isdisjoint(of[labels].tolist()):
@@ -176,8 +179,8 @@ def _scatter_end(found: Labelling, units: set[int], of: IntArray, indices: list[
     end = ends.pop()
     if any(found.ends[i].role == "pass" and end in found.ends[i].fed_by for i in indices):
         return None, "a per-channel layer reads it behind a residual sum; residual: coupled can prune it"
-    made = {i for i in indices if found.ends[i].role == "produce"}
-    if not made <= _upstream(found, end, set(indices)):
+    makers = {i for i in indices if found.ends[i].role == "produce"}
+    if not makers <= _upstream(found, end, set(indices)):
         return None, "a layer beside a residual sum is tied to it, such as a gate; residual: coupled can prune it"
     return end, ""
 
