@@ -15,15 +15,13 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from tersenet.ops.channel_order import (
     Order,
     Problem,
-    best_columns,
-    best_rows,
-    cost_of,
     improved,
     improved_all,
     inverse,
 )
 from tersenet.ops.group_levels import (
     allowed_levels,
+    block_costs,
     cost_matrix,
     finest_level,
     group_counts,
@@ -37,6 +35,10 @@ SIZES = [(8, 8), (12, 8), (16, 64), (64, 256), (9, 9), (3, 64)]
 
 def cost(C_out: int, C_in: int, decay: float = 0.5, depth: int | None = None) -> Any:
     return cost_matrix(C_out, C_in, group_counts(C_out, C_in), decay, depth)
+
+
+def problem_of(S: Any, start: Order | None = None) -> Problem:
+    return Problem(S, group_counts(*S.shape), 0.5, start or Order.identity(*S.shape))
 
 
 def random_norms(C_out: int, C_in: int, seed: int = 0) -> Any:
@@ -115,29 +117,32 @@ def test_limits_of_the_levels() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([(4, 4), (8, 16), (12, 20), (6, 2)]), st.integers(0, 10**6))
 def test_facts_03_and_04_orders_are_permutations_and_never_worse(size: tuple[int, int], seed: int) -> None:
-    S, R = random_norms(*size, seed), cost(*size)
-    start = Order.identity(*size)
-    order = improved(Problem(S, R, start), rounds=100)
+    problem = problem_of(random_norms(*size, seed))
+    order = improved(problem, rounds=100)
     for permutation in (order.rows, order.columns):
         identity = np.arange(len(permutation))
         assert np.array_equal(np.sort(permutation), identity)
         assert np.array_equal(permutation[inverse(permutation)], identity)
         assert np.array_equal(inverse(permutation)[permutation], identity)
-    assert cost_of(S, R, order) <= cost_of(S, R, start)
-    again = improved(Problem(S, R, order), rounds=100)
+    assert problem.cost(order) <= problem.cost(problem.start)
+    again = improved(problem_of(problem.S, order), rounds=100)
     assert np.array_equal(again.rows, order.rows)
     assert np.array_equal(again.columns, order.columns)
 
 
 def test_fact_04_no_half_step_rises() -> None:
-    S, R = random_norms(16, 24), cost(16, 24)
+    problem = problem_of(random_norms(16, 24))
     order = Order(np.random.default_rng(1).permutation(16), np.random.default_rng(2).permutation(24))
-    costs = [cost_of(S, R, order)]
+    costs = [problem.cost(order)]
     for _ in range(4):
-        order = Order(best_rows(S, R, order.columns), order.columns)
-        costs.append(cost_of(S, R, order))
-        order = Order(order.rows, best_columns(S, R, order.rows))
-        costs.append(cost_of(S, R, order))
+        rows, said = problem.best_rows(order.columns)
+        order = Order(rows, order.columns)
+        costs.append(problem.cost(order))
+        assert said == pytest.approx(costs[-1])
+        columns, said = problem.best_columns(order.rows)
+        order = Order(order.rows, columns)
+        costs.append(problem.cost(order))
+        assert said == pytest.approx(costs[-1])
     assert all(b <= a + 1e-12 for a, b in itertools.pairwise(costs))
     assert costs[-1] < costs[0]
 
@@ -145,26 +150,35 @@ def test_fact_04_no_half_step_rises() -> None:
 @pytest.mark.parametrize("size", [4, 6])
 def test_fact_05_a_step_is_optimal(size: int) -> None:
     """Against all permutations, and against another solver."""
-    S, R = random_norms(size, size, seed=size), cost(size, size)
+    problem = problem_of(random_norms(size, size, seed=size))
     columns = np.random.default_rng(3).permutation(size)
-    found = cost_of(S, R, Order(best_rows(S, R, columns), columns))
+    _, found = problem.best_rows(columns)
     every = itertools.permutations(range(size))
-    assert found == pytest.approx(min(cost_of(S, R, Order(np.array(p), columns)) for p in every), abs=1e-12)
+    assert found == pytest.approx(min(problem.cost(Order(np.array(p), columns)) for p in every), abs=1e-12)
 
 
 def test_fact_05_another_solver_finds_no_better() -> None:
-    S, R = random_norms(32, 48), cost(32, 48)
+    problem = problem_of(random_norms(32, 48))
+    S, R = problem.S, cost(32, 48)
     columns = np.random.default_rng(4).permutation(48)
-    found = cost_of(S, R, Order(best_rows(S, R, columns), columns))
+    _, found = problem.best_rows(columns)
     # Plus 1: a zero in a sparse table would be no edge.
     _, other = min_weight_full_bipartite_matching(csr_array(R @ S[:, columns].T + 1))
-    assert found == pytest.approx(cost_of(S, R, Order(np.asarray(other), columns)), abs=1e-9)
+    assert found == pytest.approx(problem.cost(Order(np.asarray(other), columns)), abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 18), (16, 64), (64, 16), (9, 9)])
+def test_block_costs_are_a_product_with_the_cost_matrix(size: tuple[int, int]) -> None:
+    S, counts = random_norms(*size), group_counts(*size, any_divisor=True)
+    whole = S @ cost_matrix(*size, counts, 0.5).T
+    blocks = block_costs(S, counts, 0.5)
+    np.testing.assert_allclose(np.repeat(blocks, size[0] // counts[-1], axis=1), whole, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_fact_06_a_planted_structure_is_found(seed: int) -> None:
-    S, R = planted(seed), cost(32, 32)
-    order = improved(Problem(S, R, Order.identity(32, 32)), rounds=5)
+    S = planted(seed)
+    order = improved(problem_of(S), rounds=5)
     assert level_of(S, 0.1) == 1
     assert level_of(order.of(S), 0.1) == 3
 
@@ -172,21 +186,21 @@ def test_fact_06_a_planted_structure_is_found(seed: int) -> None:
 def test_restarts_find_what_one_start_misses() -> None:
     missed: list[int] = []
     for seed in range(8):
-        problem = Problem(planted(seed), cost(32, 32), Order.identity(32, 32))
+        problem = problem_of(planted(seed))
         once, often = (improved_all({"a": problem}, 20, restarts)["a"] for restarts in (0, 8))
-        assert cost_of(problem.S, problem.R, often) <= cost_of(problem.S, problem.R, once)
+        assert problem.cost(often) <= problem.cost(once)
         assert level_of(often.of(problem.S), 0.1) == 3
         missed += [seed] * (level_of(once.of(problem.S), 0.1) < 3)
     assert missed, "none was missed: the test needs a harder structure"
 
 
 def test_threads_change_nothing() -> None:
-    problems = {str(i): Problem(random_norms(16, 32, i), cost(16, 32), Order.identity(16, 32)) for i in range(6)}
+    problems = {str(i): problem_of(random_norms(16, 32, i)) for i in range(6)}
     one, four = (improved_all(problems, 20, restarts=2, seed=5, threads=n) for n in (1, 4))
     for name, problem in problems.items():
         assert np.array_equal(one[name].rows, four[name].rows)
         assert np.array_equal(one[name].columns, four[name].columns)
-        assert cost_of(problem.S, problem.R, one[name]) < cost_of(problem.S, problem.R, problem.start)
+        assert problem.cost(one[name]) < problem.cost(problem.start)
 
 
 def test_fact_07_the_level() -> None:
@@ -206,7 +220,7 @@ def test_fact_15_odd_and_dead_layers_have_one_group() -> None:
     assert level_of(random_norms(64, 3), 0.9) == 1
     dead = np.zeros((8, 8))
     assert level_of(dead, 0.5) == 1
-    order = improved(Problem(dead, cost(8, 8), Order.identity(8, 8)), rounds=3)
+    order = improved(problem_of(dead), rounds=3)
     assert np.array_equal(order.rows, np.arange(8))
 
 

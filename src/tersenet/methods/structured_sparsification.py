@@ -214,12 +214,10 @@ class GroupLearning(Hooks):
     def learn_orders(self, model: nn.Module, rounds: int, restarts: int = 0) -> dict[str, Matrix]:
         """Better orders for the weights as they are now. Returns the layers' kernel norms."""
         from tersenet.ops.channel_order import Problem, improved_all
-        from tersenet.ops.group_levels import cost_matrix
 
         norms = self.norms(model)
         problems = {
-            name: Problem(S, cost_matrix(*S.shape, self.counts[name], self.settings.decay), self.orders[name])
-            for name, S in norms.items()
+            name: Problem(S, self.counts[name], self.settings.decay, self.orders[name]) for name, S in norms.items()
         }
         self.orders = improved_all(problems, rounds, restarts, self.seed)
         self._push.clear()

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from tersenet.ops.group_levels import Matrix
+from tersenet.ops.group_levels import Matrix, block_costs, cost_matrix
 
 IntArray = NDArray[np.int64]
 _T = TypeVar("_T", bound=np.generic)
@@ -49,11 +49,36 @@ class Order:
 
 @dataclass(frozen=True)
 class Problem:
-    """S (C_out, C_in) of kernel norms, R of costs of the same shape, and the order to start from."""
+    """S (C_out, C_in) of kernel norms, the group counts and the decay that make R, and the order to start from."""
 
     S: Matrix
-    R: Matrix
+    counts: tuple[int, ...]
+    decay: float
     start: Order
+
+    def cost(self, order: Order) -> float:
+        """<S[rows][:, columns], R>."""
+        R = cost_matrix(*self.S.shape, self.counts, self.decay)
+        return float(np.vdot(order.of(self.S), R))
+
+    def best_rows(self, columns: IntArray) -> tuple[IntArray, float]:
+        """The rows' best order for fixed columns, and its cost."""
+        return self._assigned(self.S[:, columns])
+
+    def best_columns(self, rows: IntArray) -> tuple[IntArray, float]:
+        """The columns' best order for fixed rows, and its cost."""
+        return self._assigned(self.S[rows].T)
+
+    def _assigned(self, norms: Matrix) -> tuple[IntArray, float]:
+        """The channel at each place, from the cost of every channel (row) at every place (column).
+
+        Places of one block cost the same. The solver, which takes row after row, is some ten times faster with channels
+        in its rows than with places.
+        """
+        blocks = block_costs(norms, self.counts, self.decay)
+        cost = np.repeat(blocks, len(blocks) // blocks.shape[1], axis=1)
+        channels, places = linear_sum_assignment(cost)
+        return inverse(np.asarray(places, dtype=np.int64)), float(cost[channels, places].sum())
 
 
 def inverse(permutation: IntArray) -> IntArray:
@@ -62,44 +87,21 @@ def inverse(permutation: IntArray) -> IntArray:
     return found
 
 
-def cost_of(S: Matrix, R: Matrix, order: Order) -> float:
-    """<S[rows][:, columns], R>."""
-    return float(np.vdot(order.of(S), R))
-
-
-def best_rows(S: Matrix, R: Matrix, columns: IntArray) -> IntArray:
-    """The rows' best order for fixed columns."""
-    return _assigned(S[:, columns] @ R.T)
-
-
-def best_columns(S: Matrix, R: Matrix, rows: IntArray) -> IntArray:
-    """The columns' best order for fixed rows."""
-    return _assigned(S[rows].T @ R)
-
-
-def _assigned(cost: Matrix) -> IntArray:
-    """The channel at each place, from the cost of every channel (row) at every place (column).
-
-    Places of one block cost the same. The solver, which takes row after row, is some ten times faster with channels in
-    its rows than with places.
-    """
-    return inverse(np.asarray(linear_sum_assignment(cost)[1], dtype=np.int64))
-
-
 def improved(problem: Problem, rounds: int) -> Order:
     """At most `rounds` alternations, rows before columns, until neither gains any more. Deterministic."""
-    S, R, order = problem.S, problem.R, problem.start
-    if not R.any():
+    order = problem.start
+    if len(problem.counts) == 1:
         return order
-    cost = cost_of(S, R, order)
+    cost = problem.cost(order)
     for _ in range(rounds):
         before = cost
         for side in ("rows", "columns"):
             if side == "rows":
-                trial = Order(best_rows(S, R, order.columns), order.columns)
+                rows, new = problem.best_rows(order.columns)
+                trial = Order(rows, order.columns)
             else:
-                trial = Order(order.rows, best_columns(S, R, order.rows))
-            new = cost_of(S, R, trial)
+                columns, new = problem.best_columns(order.rows)
+                trial = Order(order.rows, columns)
             if new < cost - _GAIN * abs(cost):
                 order, cost = trial, new
         if cost == before:
@@ -122,11 +124,11 @@ def improved_all(
         number, problem = job
         best = improved(problem, rounds)
         random = np.random.default_rng([seed, number])
-        for _ in range(restarts if problem.R.any() else 0):
+        for _ in range(restarts if len(problem.counts) > 1 else 0):
             start = Order(problem.start.rows, random.permutation(problem.S.shape[1]))
-            other = improved(Problem(problem.S, problem.R, start), rounds)
-            cost = cost_of(problem.S, problem.R, best)
-            if cost_of(problem.S, problem.R, other) < cost - _GAIN * abs(cost):
+            other = improved(replace(problem, start=start), rounds)
+            cost = problem.cost(best)
+            if problem.cost(other) < cost - _GAIN * abs(cost):
                 best = other
         return best
 

@@ -65,6 +65,21 @@ def cost_matrix(C_out: int, C_in: int, counts: tuple[int, ...], decay: float, de
     return cost
 
 
+def block_costs(S: Matrix, counts: tuple[int, ...], decay: float) -> Matrix:
+    """(n, finest): what the kernels of every row of S (n, m) cost if it comes to each of the finest blocks.
+
+    Column b * width of `S @ cost_matrix(n, m, ...).T` is column b of this: places inside a finest block cost the same,
+    and only sums over blocks count.
+    """
+    finest = counts[-1]
+    sums = S.reshape(len(S), finest, -1).sum(2)
+    cost = np.zeros_like(sums)
+    inside = [np.repeat(sums.reshape(len(S), n, -1).sum(2), finest // n, axis=1) for n in counts]
+    for k, (coarse, fine) in enumerate(pairwise(inside)):
+        cost += decay**k * (coarse - fine)
+    return cost
+
+
 def kept_norms(S: Matrix, counts: tuple[int, ...]) -> Matrix:
     """(levels,): the sum of S inside the blocks of every level; the first is the whole sum. They don't increase."""
     finest = counts[-1]
