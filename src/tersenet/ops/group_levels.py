@@ -71,12 +71,16 @@ def block_costs(S: Matrix, counts: tuple[int, ...], decay: float) -> Matrix:
     Column b * width of `S @ cost_matrix(n, m, ...).T` is column b of this: places inside a finest block cost the same,
     and only sums over blocks count.
     """
-    finest = counts[-1]
-    sums = S.reshape(len(S), finest, -1).sum(2)
-    cost = np.zeros_like(sums)
-    inside = [np.repeat(sums.reshape(len(S), n, -1).sum(2), finest // n, axis=1) for n in counts]
-    for k, (coarse, fine) in enumerate(pairwise(inside)):
-        cost += decay**k * (coarse - fine)
+    # From fine to coarse the sums over blocks, then back what every level adds: each level costs what its blocks do.
+    sums = [S]
+    for n in reversed(counts):
+        width = sums[0].shape[1] // n
+        sums.insert(0, sum((sums[0][:, i::width] for i in range(1, width)), sums[0][:, ::width]))
+    cost = np.zeros((len(S), 1))
+    for k, inside in enumerate(sums[: len(counts)]):
+        outer = decay**k if k < len(counts) - 1 else 0.0
+        inner = decay ** (k - 1) if k else 0.0
+        cost = np.repeat(cost, inside.shape[1] // cost.shape[1], axis=1) + (outer - inner) * inside
     return cost
 
 
