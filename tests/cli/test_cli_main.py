@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tersenet import api
 from tersenet.cli import models
 from tersenet.errors import TersenetError
+from tersenet.kernels.host import ISAS, Host
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -154,6 +156,22 @@ def test_doctor(cli: Cli) -> None:
     assert facts["packages"]["torch"].startswith("2.")
     assert facts["torch"]["threads"] >= 1
     assert facts["cpu"]["usable_cores"] >= 1
+
+
+def test_doctor_says_which_kernels_run_and_why_others_do_not(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(processor: Host) -> tuple[dict[str, Any], str]:
+        monkeypatch.setattr("tersenet.kernels.host.host", lambda: processor)
+        return json.loads(cli("doctor", "--json")[1])["kernels"], cli("doctor")[1]
+
+    plain, avx2 = ISAS["x86"][2], ISAS["x86"][1]
+    facts, text = on(Host("old", frozenset([*plain.needs, *avx2.needs]), "x86", 1 << 20))
+    assert facts["instructions"] == ["avx2", "sse"]
+    assert facts["half"]
+    assert "avx512f" in facts["missing"]["avx512"]
+    assert "F2, F4, F6 with avx2, sse; weights of 16 bits too; not avx512: this processor has no avx512f" in text
+    facts, text = on(Host("strange", frozenset(), "riscv64", 1 << 20))
+    assert facts["instructions"] == []
+    assert "none: there are no generated kernels for this processor (riscv64, strange)" in text
 
 
 def test_doctor_names_what_is_missing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "torch": torch_facts,
         "cpu": _cpu(),
+        "kernels": _kernels(),
         "disk": {"folder": str(Path.cwd()), "free_bytes": disk.free},
         "problems": problems,
     }
@@ -91,6 +92,24 @@ def _torch() -> dict[str, Any]:
     }
 
 
+def _kernels() -> dict[str, Any]:
+    """The generated convolution kernels that run here, widest vectors first, and why none or not all of them do."""
+    from tersenet.errors import TersenetError
+    from tersenet.kernels.host import ISAS, host
+
+    try:
+        processor = host()
+        best = processor.isa()
+    except TersenetError as error:
+        return {"instructions": [], "half": False, "missing": {"all": str(error)}}
+    missing = {
+        isa.name: f"this processor has no {', '.join(lacking)}"
+        for isa in ISAS[processor.family]
+        if (lacking := [name for name in isa.needs if name not in processor.features])
+    }
+    return {"instructions": [isa.name for isa in processor.isas()], "half": best.has_half, "missing": missing}
+
+
 def _cpu() -> dict[str, Any]:
     """Model and flags from /proc/cpuinfo; elsewhere than on Linux only what Python knows."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -107,6 +126,14 @@ def _cpu() -> dict[str, Any]:
     }
 
 
+def _kernel_line(kernels: dict[str, Any]) -> str:
+    if not kernels["instructions"]:
+        return f"none: {kernels['missing']['all']}"
+    found = f"F2, F4, F6 with {', '.join(kernels['instructions'])}"
+    found += "; weights of 16 bits too" if kernels["half"] else ""
+    return found + "".join(f"; not {name}: {reason}" for name, reason in kernels["missing"].items())
+
+
 def _text(facts: dict[str, Any]) -> str:
     cpu, torch, packages = facts["cpu"], facts["torch"], facts["packages"]
     threads = f"{torch['threads']} threads, {torch['cpu_capability']}" if torch else "does not load"
@@ -115,6 +142,7 @@ def _text(facts: dict[str, Any]) -> str:
         ("python", f"{facts['python']} on {facts['system']}"),
         ("cpu", f"{cpu['model']}, {cpu['usable_cores']} usable cores"),
         ("cpu flags", " ".join(cpu["flags"]) or "unknown"),
+        ("kernels", _kernel_line(facts["kernels"])),
         ("gpus", ", ".join(torch.get("gpus", [])) or "none"),
         ("disk", f"{facts['disk']['free_bytes'] / 1e9:.1f} GB free in {facts['disk']['folder']}"),
         ("torch", f"{packages['torch']}, {threads}" if packages.get("torch") else "MISSING"),
