@@ -10,8 +10,8 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.cli.main import main
-from tersenet.lowering import bench as module
 from tersenet.lowering.bench import bench
+from tersenet.lowering.peers import PEERS, Runner
 
 
 def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,20 +27,29 @@ def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert timing["error"] < 1e-3
 
 
-def test_onnxruntime_computes_the_same() -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize(
+    ("peer", "packages"),
+    [
+        ("onnxruntime", ["onnxscript", "onnxruntime"]),
+        ("openvino", ["onnxscript", "openvino"]),
+        ("ncnn", ["ncnn", "pnnx"]),
+        ("mnn", ["onnxscript", "onnxruntime", "MNN"]),
+    ],
+)
+def test_a_runtime_computes_the_same(peer: str, packages: list[str]) -> None:
+    for package in packages:
+        pytest.importorskip(package)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 4))
-    found, _ = bench(model, (torch.randn(2, 3, 9, 9),), peers=("onnxruntime",), rounds=1)
+    found, _ = bench(model, (torch.randn(2, 3, 9, 9),), peers=(peer,), rounds=1)
     assert found.missing == {}
-    assert found.timings["onnxruntime"].error < 1e-5
+    assert found.timings[peer].error < 1e-5
 
 
 def test_a_runtime_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object) -> module.Runner:
+    def broken(*args: object) -> Runner:
         raise RuntimeError("no such device\nmore")
 
-    monkeypatch.setitem(module._MAKERS, "openvino", broken)
+    monkeypatch.setitem(PEERS, "openvino", broken)
     found, _ = bench(nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 9, 9),), peers=("openvino",), rounds=1)
     assert found.missing == {"openvino": "no such device"}
     assert found.timings.keys() == {"tersenet"}

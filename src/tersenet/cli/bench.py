@@ -34,7 +34,8 @@ def bench(
         typer.Option(
             "--peer",
             metavar="NAME",
-            help="eager, compile, onnxruntime, openvino; repeatable. By default all that are installed, but compile.",
+            help="eager, compile, onnxruntime, openvino, ncnn, mnn; repeatable. By default all but compile that are "
+            "installed.",
         ),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Each convolution's kernel and times.")] = False,

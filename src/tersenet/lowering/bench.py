@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tersenet.environment import environment, installed
 from tersenet.errors import TersenetError, UnknownNameError
-from tersenet.exporting.onnx import export_onnx
 from tersenet.exporting.program import first_line
 from tersenet.graph.copies import copied
 from tersenet.graph.trace import tensors_in
 from tersenet.lowering.lower import Lowered, channels_last, distance, lower
-
-PEERS = ("eager", "compile", "onnxruntime", "openvino")
-Runner = Callable[[], list[Tensor]]
+from tersenet.lowering.peers import PEERS, Runner
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ def bench(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     *,
-    peers: Sequence[str] = ("eager", "onnxruntime", "openvino"),
+    peers: Sequence[str] = ("eager", "onnxruntime", "openvino", "ncnn", "mnn"),
     threads: int | None = None,
     rounds: int = 30,
 ) -> tuple[Bench, Lowered]:
@@ -88,7 +83,7 @@ def bench(
             missing: dict[str, str] = {}
             for peer in dict.fromkeys(peers):
                 try:
-                    runners[peer] = _MAKERS[peer](eager, inputs, used, Path(folder))
+                    runners[peer] = PEERS[peer](eager, inputs, used, Path(folder))
                     runners[peer]()
                 except Exception as error:  # a peer's own failure is a line in the table
                     runners.pop(peer, None)
@@ -98,7 +93,7 @@ def bench(
     finally:
         torch.set_num_threads(before)
     timings = {name: _timing(times[name], errors[name]) for name in runners}
-    where = {**environment("cpu"), "onnxruntime": installed("onnxruntime"), "openvino": installed("openvino")}
+    where = {**environment("cpu"), **{name: installed(name) for name in ("onnxruntime", "openvino", "ncnn", "MNN")}}
     return Bench(timings, missing, len(inputs[0]), used, rounds, {**where, "threads": used}), fast
 
 
@@ -121,64 +116,3 @@ def _timing(times: list[float], error: float) -> Timing:
 
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:
     return max((distance(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
-
-
-def _eager(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
-    network = copied(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    ordered = tuple(map(channels_last, inputs))
-    return lambda: tensors_in(network(*ordered))
-
-
-def _compiled(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
-    network = copied(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    network: Any = torch.compile(network, options={"freezing": True})
-    ordered = tuple(map(channels_last, inputs))
-
-    def run() -> list[Tensor]:
-        with torch.inference_mode(False), torch.no_grad():
-            return tensors_in(network(*ordered))
-
-    return run
-
-
-def _onnx_file(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Path:
-    path = folder / "network.onnx"
-    if not path.exists():
-        with torch.inference_mode(False):
-            export_onnx(model, path, tuple(x.clone() for x in inputs))
-    return path
-
-
-def _onnxruntime(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
-    runtime = importlib.import_module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    path = str(_onnx_file(model, inputs, folder))
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {entry.name: np.ascontiguousarray(x.numpy()) for entry, x in zip(session.get_inputs(), inputs, strict=True)}
-    return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
-
-
-def _openvino(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
-    openvino = importlib.import_module("openvino")
-    core = openvino.Core()
-    read = core.read_model(str(_onnx_file(model, inputs, folder)))
-    read.reshape({port: list(x.shape) for port, x in zip(read.inputs, inputs, strict=True)})
-    # Its default precision is bfloat16 where the processor has it.
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-    }
-    request = core.compile_model(read, "CPU", settings).create_infer_request()
-    arrays = [np.ascontiguousarray(x.numpy()) for x in inputs]
-
-    def run() -> list[Tensor]:
-        request.infer(arrays, share_inputs=True)
-        return [torch.from_numpy(np.array(output.data)) for output in request.output_tensors]
-
-    return run
-
-
-_MAKERS = {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime, "openvino": _openvino}
