@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import tersenet as tn
 from graph.random_networks import RandomNetwork
@@ -21,7 +22,8 @@ from tersenet.api import open_model
 from tersenet.graph.trace import tensors_in
 from tersenet.kernels import host as host_of
 from tersenet.lowering import choose
-from tersenet.lowering.layers import CHOICES
+from tersenet.lowering.layers import CHOICES, Layer
+from tersenet.lowering.layers import build as build_kernel
 from tersenet.models.build import build
 from zoo_support import needs
 
@@ -369,3 +371,27 @@ def test_changes_in_place() -> None:
 def test_the_page() -> None:
     page = Path(__file__).parents[2] / "docs" / "lower.md"
     exec(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)[0], {})
+
+
+def test_a_layer_called_again_is_checked_when_anything_is_different() -> None:
+    """The second call of one size goes past torch's operator, and must not take what only looks the same."""
+    torch.manual_seed(0)
+    layer = Layer("conv", torch.randn(8, 6, 3, 3), torch.randn(8), (1, 1), (1, 1), (1, 1), 1, True, "relu")
+    kernel = build_kernel(layer, "F2", (2, 6, 9, 9))
+    x, r = (torch.randn(2, c, 9, 9).contiguous(memory_format=torch.channels_last) for c in (6, 8))
+    expected = torch.relu(torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1) + r)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(kernel(x, r), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kernel(x.contiguous(), r.contiguous()), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kernel(x[:1], r[:1]), expected[:1], atol=1e-4, rtol=1e-4)
+        assert kernel(x[:0], r[:0]).shape == (0, 8, 9, 9)
+        for wrong in (x.double(), x[:, :5]):
+            with pytest.raises(tn.TersenetError):
+                kernel(wrong, r)
+        for wrong in (r.double(), r[:1], r[..., 1:]):
+            with pytest.raises(tn.TersenetError):
+                kernel(x, wrong)
+        assert kernel(x.to("meta"), r.to("meta")).is_meta
+        with FlopCounterMode(display=False):
+            torch.testing.assert_close(kernel(x, r), expected, atol=1e-4, rtol=1e-4)

@@ -21,10 +21,9 @@ _loaded: dict[Algorithm, Kernels] = {}
 
 @dataclass(frozen=True)
 class Kernels:
-    """The tasks of one algorithm, by name. The engine owns their code."""
+    """The tasks of one algorithm, by name."""
 
     tasks: dict[str, Task]
-    engine: Any
 
 
 def kernels(algorithm: Algorithm) -> Kernels:
@@ -60,7 +59,7 @@ def _load(algorithm: Algorithm) -> Kernels:
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(algorithm))
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
-        return Kernels({name: Task(engine.get_function_address(name)) for name in TASKS}, engine)
+        return Kernels({name: Task(engine.get_function_address(name), engine) for name in TASKS})
     except RuntimeError as error:
         raise TersenetError(f"LLVM can't make {algorithm.name} for this machine: {error}") from error
 

@@ -50,6 +50,9 @@ def winograd_conv2d(
     """
     if x.device.type not in ("cpu", "meta") or x.layout != torch.strided:
         raise TersenetError(f"x (={x.layout} on {x.device}) must be a dense tensor on the CPU")
+    if x.ndim == 4 and x.shape[1] != packed.in_channels:
+        # The packed weight is padded: it does not tell by its shape.
+        raise TersenetError(f"x (={tuple(x.shape)}) must have the {packed.in_channels} channels of the packed weight")
     return torch.ops.tersenet.winograd_conv2d(
         x, packed.weight, packed.bias, residual, padding, packed.out_channels,
         packed.algorithm.m, packed.algorithm.isa.name, activation,

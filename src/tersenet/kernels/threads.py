@@ -21,8 +21,9 @@ _LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.pl
 class Task:
     """A compiled `void task(context)`, which shares its work with other threads that run it on the same context."""
 
-    def __init__(self, address: int) -> None:
-        self._address = address
+    def __init__(self, address: int, owner: Any) -> None:
+        """Args: owner: what holds the code; it lives as long as this."""
+        self._address, self._owner = address, owner
         self._function = _Function(address)
 
     def run(self, context: int, threads: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from tersenet.kernels.context import INDEX, Context
 from tersenet.kernels.generate import Algorithm
 from tersenet.kernels.layout import layout, output_shape
 from tersenet.kernels.plan import Plan
+from tersenet.kernels.threads import Task
 
 # Bounds of the result, as bits: what an activation cuts off. SiLU is no cut.
 _FREE = (-math.inf, math.inf)
@@ -23,7 +26,9 @@ BOUNDS = {"none": _FREE, "relu": (0.0, math.inf), "relu6": (0.0, 6.0), "silu": _
 _BITS = {name: [struct.unpack("<I", struct.pack("<f", end))[0] for end in ends] for name, ends in BOUNDS.items()}
 _STRIDED = [("image", 0), ("row", 2), ("column", 3)]
 
-_scratch = threading.local()
+_X, _Y, _R, _WEIGHT, _BIAS, _SHARED, _SCRATCH = map(INDEX.__getitem__, "x y r weight bias shared scratch".split())
+
+_kept = threading.local()
 
 
 def run(
@@ -38,31 +43,73 @@ def run(
     cut: Plan | None = None,
 ) -> Tensor:
     """The convolution of `x` with a packed weight, in channels-last memory. Arguments must have been checked."""
-    shape = output_shape((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), out_channels, padding)
-    y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    if not y.numel():
-        return y
     x = _channels_last(x)
     if residual is not None:
         residual = _channels_last(residual)
-    laid = layout(algorithm, tuple(x.shape), padding, out_channels, threads.available(), cut)
-    memory = _memory(laid.shared_floats + laid.threads * laid.thread_floats)
+    strides = None if residual is None else residual.stride()
+    found = call(algorithm, x.shape, x.stride(), strides, padding, out_channels, activation, threads.available(), cut)
+    return found.run(x, weight, bias, residual)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What stays the same from call to call on tensors of the same sizes and strides. `context` lacks addresses."""
+
+    shape: tuple[int, int, int, int]
+    context: bytes
+    tasks: tuple[Task, ...]
+    threads: int
+    floats: int
+    shared_bytes: int
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        """On tensors with the sizes, strides and types that the call was made for: nothing is checked."""
+        y = torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+        if not self.tasks:
+            return y
+        memory = _memory(self.floats)
+        context = Context.from_buffer_copy(self.context)
+        context[_X], context[_Y], context[_WEIGHT], context[_BIAS] = (t.data_ptr() for t in (x, y, weight, bias))
+        if residual is not None:
+            context[_R] = residual.data_ptr()
+        context[_SHARED], context[_SCRATCH] = memory, memory + self.shared_bytes
+        address = ctypes.addressof(context)
+        # The end of a task is the barrier between them.
+        for task in self.tasks:
+            task.run(address, self.threads)
+        return y
+
+
+@functools.lru_cache(maxsize=4096)
+def call(
+    algorithm: Algorithm,
+    x: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    residual_strides: tuple[int, ...] | None,
+    padding: tuple[int, int],
+    out_channels: int,
+    activation: str,
+    threads: int,
+    cut: Plan | None = None,
+) -> Call:
+    """For inputs of the shape `x` whose channels lie together in memory."""
+    size = (x[0], x[1], x[2], x[3])
+    shape = output_shape(size, out_channels, padding)
+    if 0 in shape:
+        return Call(shape, b"", (), 1, 0, 0)
+    laid = layout(algorithm, size, padding, out_channels, threads, cut)
     context = Context.from_buffer_copy(laid.context)
-    for name, tensor in (("x", x), ("y", y), ("r", residual)):
-        if tensor is not None:
-            context[INDEX[name]] = tensor.data_ptr()
+    y_strides = (shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1])
+    for name, strides in (("x", x_strides), ("y", y_strides), ("r", residual_strides)):
+        if strides is not None:
             for axis, dimension in _STRIDED:
-                context[INDEX[f"{name}_{axis}"]] = tensor.stride(dimension)
-    context[INDEX["weight"]], context[INDEX["bias"]] = weight.data_ptr(), bias.data_ptr()
-    context[INDEX["shared"]], context[INDEX["scratch"]] = memory, memory + 4 * laid.shared_floats
+                context[INDEX[f"{name}_{axis}"]] = strides[dimension]
     context[INDEX["low"]], context[INDEX["high"]] = _BITS[activation]
     context[INDEX["silu"]] = activation == "silu"
-    address = ctypes.addressof(context)
-    tasks = kernels(algorithm).tasks
-    # The end of a task is the barrier between them.
-    for name in ("run_input", "run_product") if laid.shared else ("run_private",):
-        tasks[name].run(address, laid.threads)
-    return y
+    made = kernels(algorithm).tasks
+    tasks = tuple(made[name] for name in (("run_input", "run_product") if laid.shared else ("run_private",)))
+    floats = laid.shared_floats + laid.threads * laid.thread_floats
+    return Call(shape, bytes(context), tasks, laid.threads, floats, 4 * laid.shared_floats)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -72,7 +119,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _memory(floats: int) -> int:
     """Address of scratch memory that this Python thread keeps from call to call; aligned to a cache line."""
-    kept: Tensor | None = getattr(_scratch, "kept", None)
-    if kept is None or kept.numel() < floats:
-        kept = _scratch.kept = torch.empty(floats, dtype=torch.float32, device="cpu")
-    return kept.data_ptr()
+    if getattr(_kept, "floats", -1) < floats:
+        _kept.memory = torch.empty(floats, dtype=torch.float32, device="cpu")
+        _kept.floats, _kept.address = floats, _kept.memory.data_ptr()
+    return _kept.address

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode as _mode  # pyright: ignore[reportPrivateUsage]
 
+from tersenet.kernels import threads
 from tersenet.kernels.generate import Algorithm, R
 from tersenet.kernels.host import host
 from tersenet.kernels.operator import winograd_conv2d
 from tersenet.kernels.pack import pack
-from tersenet.kernels.winograd import BOUNDS
+from tersenet.kernels.winograd import BOUNDS, Call
+from tersenet.kernels.winograd import call as prepared
 
 Pair = tuple[int, int]
 
@@ -123,8 +126,21 @@ class DirectConvolution(nn.Module):
         return self  # it never changes
 
 
+def _watched(x: Tensor) -> bool:
+    """Whether somebody looks at operators, or `x` is no plain tensor: then it has to be an operator of torch."""
+    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or _mode() is not None
+    return watched or type(x) is not Tensor
+
+
+def _key(x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
+    """What decides whether an earlier check, and what was worked out then, holds."""
+    other = None if residual is None else (residual.dtype, residual.device, residual.shape, residual.stride())
+    return x.dtype, x.device, x.shape, x.stride(), other, torch.get_num_threads()
+
+
 class WinogradConvolution(nn.Module):
-    """The generated kernels, with their weight packed once."""
+    """The generated kernels, with their weight packed once. The way through torch's operator takes longer than a small
+    layer, and is taken once for each size."""
 
     def __init__(self, layer: Layer, m: int, half: bool) -> None:
         super().__init__()
@@ -132,10 +148,24 @@ class WinogradConvolution(nn.Module):
         self._padding = layer.padding
         self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation].function
         self._activation = layer.activation if self._function is None else "none"
+        self._calls: dict[tuple[Any, ...] | None, Call] = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = winograd_conv2d(x, self._packed, self._padding, residual, self._activation)
+        key = None if _watched(x) else _key(x, residual)
+        call = self._calls.get(key)
+        if call is not None:
+            y = call.run(x, self._packed.weight, self._packed.bias, residual)
+        else:
+            y = winograd_conv2d(x, self._packed, self._padding, residual, self._activation)
+            if key is not None and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1):
+                self._calls[key] = self._call(x, residual)
         return y if self._function is None else self._function(y)
+
+    def _call(self, x: Tensor, residual: Tensor | None) -> Call:
+        strides = None if residual is None else residual.stride()
+        packed, count = self._packed, threads.available()
+        settings = (self._padding, packed.out_channels, self._activation, count)
+        return prepared(packed.algorithm, x.shape, x.stride(), strides, *settings)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WinogradConvolution:
         return self  # it never changes
