@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", help="glob of networks, such as 'timm:*' or 'resnet*'")
     parser.add_argument("--again", help="glob of networks to do once more, such as '*swin*'")
     parser.add_argument("--times", action="store_true", help="measure times too")
-    parser.add_argument("--seconds", type=float, default=120, help="limit on every step of a network (120)")
+    parser.add_argument("--seconds", type=float, default=120, help="limit on the processor time of a network (120)")
     parser.add_argument("--memory", type=float, default=6, help="GiB that one network may take (6)")
     return parser
 

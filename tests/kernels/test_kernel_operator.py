@@ -100,7 +100,7 @@ def test_weights_of_any_floating_type() -> None:
         ({"x": torch.randn(1, 4, 8, 8).double()}, "x .=torch.float64"),
         ({"x": torch.randn(1, 4, 8, 8).half()}, "x .=torch.float16"),
         ({"x": torch.randn(1, 4, 8, 8).to_sparse()}, "x .=torch.sparse_coo on cpu. must be"),
-        ({"x": torch.randn(1, 9, 8, 8)}, "must have the \d channels of the packed weight"),
+        ({"x": torch.randn(1, 9, 8, 8)}, r"must have the \d channels of the packed weight"),
         ({"x": torch.randn(1, 4, 1, 8), "padding": (0, 0)}, "has no room for a 3x3 kernel"),
         ({"padding": (-1, 0)}, r"padding \(-1, 0\)"),
         ({"activation": "rilu"}, "unknown activation 'rilu'; did you mean .*'relu'"),
