@@ -110,6 +110,27 @@ def test_several_inputs_of_any_batch(tmp_path: Path) -> None:
     assert torch.equal(net(x, y)["sum"], x + y)
 
 
+class AnyNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        total = self.conv(images[0])
+        for image in images[1:]:
+            total = total + self.conv(image)
+        return total
+
+
+def test_a_forward_of_any_number_of_inputs(tmp_path: Path) -> None:
+    model = AnyNumber().eval()
+    images = tuple(torch.randn(1, 3, 8, 8) for _ in range(3))
+    path = export_program(model, tmp_path / "net.pt2", images)
+    five = tuple(torch.randn(5, 3, 8, 8) for _ in range(3))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(path).module()(*five), model(*five))
+
+
 def test_other_endings_and_places(tmp_path: Path) -> None:
     model, example = nn.Linear(2, 2), (torch.zeros(1, 2),)
     with pytest.raises(TersenetError, match=r"'net\.pt': the file must end in \.pt2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ def exported(model: nn.Module, inputs: dict[int, tuple[Any, ...]]) -> ExportedPr
     Raises:
         GraphError: the network can't be exported, or the program's outputs would differ from the network's.
     """
-    axis = torch.export.Dim.AUTO
-    shapes = tuple({0: axis} if isinstance(x, Tensor) and x.dim() else None for x in inputs[2])
+    shapes = any_batch(model, inputs[2])
     with evaluating(model), torch.no_grad():
         try:
             program = torch.export.export(model, inputs[2], dynamic_shapes=shapes, strict=False)
@@ -59,6 +59,17 @@ def exported(model: nn.Module, inputs: dict[int, tuple[Any, ...]]) -> ExportedPr
         for size, batch in inputs.items():
             _check_equal(model, program, batch, size)
     return program
+
+
+def any_batch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """torch.export's `dynamic_shapes` for a free first axis of every tensor, in the structure of forward's signature:
+    those of `*images` are one tuple."""
+    axes = tuple({0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return axes
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*axes[:named], axes[named:])
 
 
 def _batch(value: Any, size: int) -> Any:

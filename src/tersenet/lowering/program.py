@@ -7,7 +7,6 @@ the modules' own overhead. Its price: sizes other than the batch are those of th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch._C import DispatchKey
 from torch._ops import OpOverload
 
 from tersenet.errors import GraphError
-from tersenet.exporting.program import batches, first_line
+from tersenet.exporting.program import any_batch, batches, first_line
 from tersenet.graph.trace import evaluating
 
 _aten = torch.ops.aten
@@ -43,7 +42,7 @@ def program(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
     name = type(model).__name__
     with evaluating(model), torch.no_grad():
         try:
-            found = torch.export.export(model, inputs, dynamic_shapes=_any_batch(model, len(inputs)), strict=False)
+            found = torch.export.export(model, inputs, dynamic_shapes=any_batch(model, inputs), strict=False)
             made = found.module(check_guards=False)
             if not _without_mutation(made):
                 made = found.run_decompositions({}).module(check_guards=False)
@@ -64,17 +63,6 @@ def program(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
             made.graph.erase_node(node)
     fold_constants(made)
     return made
-
-
-def _any_batch(model: nn.Module, count: int) -> tuple[Any, ...]:
-    """A free first axis for each of `count` inputs, in the structure of forward's signature: those of `*images` are
-    one tuple."""
-    axes = [{0: torch.export.Dim.AUTO} for _ in range(count)]
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        return tuple(axes)
-    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*axes[:named], tuple(axes[named:]))
 
 
 def _without_mutation(made: fx.GraphModule) -> bool:
