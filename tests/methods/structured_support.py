@@ -37,7 +37,7 @@ def graph_of(model: nn.Module, size: int = 16, dtype: torch.dtype = torch.float6
 
 
 def layers_of(graph: ModelGraph) -> list[Groupable]:
-    return groupable(graph, ("*",), None)
+    return groupable(graph, ("*",), None)[0]
 
 
 def random_grouping(layer: Groupable, groups: int, seed: int = 0) -> Grouping:

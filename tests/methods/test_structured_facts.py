@@ -12,9 +12,10 @@ import torch
 from sfp_support import CLASSES, CPU, SHAPE, context, state_of, tiny_data
 from structured_support import gathers, graph_of, hooks_on, layers_of, random_grouping, settings
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from graph_support import DenseNet, compare_on, randomise
-from tersenet.errors import TersenetError
+from tersenet.errors import GraphError, TersenetError
 from tersenet.exporting import artifact
 from tersenet.graph.edits import Group
 from tersenet.graph.grouping import Grouping, group_convolutions, groupable, kernel_norms, mask_groups
@@ -498,9 +499,9 @@ def test_what_will_be_refused_is_refused_before_training() -> None:
 
 def test_patterns_may_name_a_position() -> None:
     graph = graph_of(resnet_cifar(8, width=8))
-    every = [x.name for x in groupable(graph, ("*",), ())]
-    assert [x.name for x in groupable(graph, ("*",), ("position:first",))] == every[1:]
-    assert [x.name for x in groupable(graph, ("position:last",), ())] == every[-1:]
+    every = [x.name for x in groupable(graph, ("*",), ())[0]]
+    assert [x.name for x in groupable(graph, ("*",), ("position:first",))[0]] == every[1:]
+    assert [x.name for x in groupable(graph, ("position:last",), ())[0]] == every[-1:]
     with pytest.raises(TersenetError, match="unknown layer"):
         groupable(graph, ("*",), ("nowhere",))
 
@@ -525,3 +526,37 @@ def test_kernel_norms() -> None:
 def test_a_warmup_that_never_ends_is_refused() -> None:
     with pytest.raises(ValueError, match=r"warmup \(=4\) must be below"):
         settings(warmup=4)
+
+
+def test_layers_that_are_left_out_are_named_with_the_reason() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3, padding=1)
+            self.plain = nn.Conv2d(16, 16, 3, padding=1)
+            self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+            self.normed = weight_norm(nn.Conv2d(16, 16, 1))
+            self.odd = nn.Conv2d(16, 9, 1)
+            self.unused = nn.Conv2d(16, 16, 1)
+            self.head = nn.Conv2d(9, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.plain(torch.relu(self.stem(x))))
+            x = torch.relu(self.normed(torch.relu(self.depthwise(x))))
+            return self.head(torch.relu(self.odd(x)))
+
+    graph = ModelGraph(Mixed(), (torch.zeros(1, 3, 8, 8),))
+    layers, left = groupable(graph, ("*",), ("head",))
+    assert [layer.name for layer in layers] == ["stem", "plain", "odd"]
+    assert left == {
+        "depthwise": "it is grouped already",
+        "normed": "it is a ParametrizedConv2d",
+        "unused": "it does not run",
+        "head": "it is not included",
+    }
+    assert groupable(graph, ("*",), None)[1]["stem"] == "it reads the network's input"
+    with pytest.raises(GraphError, match=r"no layer is left to group \(.*depthwise: it is grouped already"):
+        groupable(graph, ("depthwise",), None)
+    shown = context()
+    settings(sparsity=0.3, exclude=("head",)).preview(graph, shown)
+    assert any(note.startswith("stem, odd") and "no level of groups fits it" in note for note in shown.notes)

@@ -157,25 +157,27 @@ class Plan:
 
     def reasons(self) -> dict[str, list[str]]:
         """Reason -> the layers that stay as they are for it."""
-        return _by_value(self.left)
+        return by_value(self.left)
 
     def notes(self) -> list[str]:
-        notes = [f"{len(names)} layers by F{tile}: {_listed(names)}" for tile, names in _by_value(self.tiles).items()]
+        notes = [f"{len(names)} layers by F{tile}: {listed(names)}" for tile, names in by_value(self.tiles).items()]
         notes.append(f"products per image in all convolutions: {self.before:,} -> {self.products:,}")
         notes += [
-            f"{_listed(names)} by F{tile}: their maps are smaller than the tile that was asked for"
-            for tile, names in _by_value(self.smaller).items()
+            f"{listed(names)} by F{tile}: their maps are smaller than the tile that was asked for"
+            for tile, names in by_value(self.smaller).items()
         ]
-        notes += [f"{_listed(names)} quantized as direct: {why}" for why, names in _by_value(self.direct).items()]
-        return notes + [f"{_listed(names)} left as is: {why}" for why, names in self.reasons().items()]
+        notes += [f"{listed(names)} quantized as direct: {why}" for why, names in by_value(self.direct).items()]
+        return notes + [f"{listed(names)} left as is: {why}" for why, names in self.reasons().items()]
 
 
-def _by_value(table: dict[str, _T]) -> dict[_T, list[str]]:
+def by_value(table: dict[str, _T]) -> dict[_T, list[str]]:
+    """Value -> the names that have it."""
     found: dict[_T, list[str]] = {}
     for name, value in table.items():
         found.setdefault(value, []).append(name)
     return found
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Six of them, and how many more."""
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import GraphError
-from tersenet.graph.convolutions import tags
+from tersenet.graph.convolutions import by_value, listed, tags
 from tersenet.graph.edits import Axis, Group, Reorder
-from tersenet.graph.labels import IntArray
+from tersenet.graph.labels import End, IntArray
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.proof import compare
 from tersenet.graph.select import check_patterns, matches_any
@@ -47,39 +47,45 @@ class Grouping:
     order: Order
 
 
-def groupable(graph: ModelGraph, include: Sequence[str], exclude: Sequence[str] | None) -> list[Groupable]:
-    """The plain Conv2d layers that are included and not excluded, in the network's order.
+def groupable(
+    graph: ModelGraph, include: Sequence[str], exclude: Sequence[str] | None
+) -> tuple[list[Groupable], dict[str, str]]:
+    """The plain Conv2d layers that are included and not excluded, in the network's order; and the other convolutions,
+    each with the reason why it stays as it is.
 
-    `exclude` None leaves out the layers that read the network's input. Layers that can't be grouped are left out too:
-    already grouped ones, and those whose weights are computed, shared with another layer, or used by other code.
-    `position:first` and `position:last` are those of the plain ones.
+    `exclude` None leaves out the layers that read the network's input. `position:first` and `position:last` are those
+    of the plain ones.
 
     Raises:
         UnknownNameError: a pattern that matches no convolution.
         GraphError: no layer is left.
     """
-    convolutions = {e.layer: e for e in graph.ends if e.role == "consume" and _is_plain(graph, e.layer)}
+    convolutions = {e.layer: e for e in graph.ends if e.role == "consume" and not _not_plain(graph, e.layer)}
     known = tags({name: graph.model.get_submodule(name) for name in convolutions})
     names = [name for name, module in graph.model.named_modules() if isinstance(module, nn.Conv2d)]
     if names:
         check_patterns([*include, *(exclude or ())], names)
+    left = {name: _not_plain(graph, name) or "it does not run" for name in names if name not in convolutions}
     owners = all_names(graph.model)
     found: list[Groupable] = []
     for name, end in convolutions.items():
-        out = not end.fed_by if exclude is None else matches_any(known[name], exclude)
-        alone = all(graph.trace.ops[use].place.module == name for use in end.uses)
-        shared = len({id(_owner(graph.model, n)) for n in owners.get(f"{name}.weight", ())}) != 1
-        if out or not matches_any(known[name], include) or end.computed or not alone or shared:
+        reason = _not_its_own(graph, end, owners.get(f"{name}.weight", []))
+        if exclude is None and not end.fed_by:
+            reason = "it reads the network's input"
+        elif not matches_any(known[name], include) or matches_any(known[name], exclude or ()):
+            reason = "it is not included"
+        if reason:
+            left[name] = reason
             continue
         C_out, C_in = graph.tensor(f"{name}.weight").shape[:2]
         macs = sum(use.macs for use in graph.found.layers if use.name == name) // graph.batch
         found.append(Groupable(name, C_out, C_in, graph.tensor(f"{name}.weight").numel(), macs))
     if not found:
+        reasons = "; ".join(f"{listed(layers)}: {why}" for why, layers in by_value(left).items())
         raise GraphError(
-            "no layer is left to group: include and exclude leave no plain Conv2d with weights of its own (the layers "
-            "that read the network's input are left out by default)"
+            f"no layer is left to group ({reasons or 'the network has no Conv2d'}); see include and exclude"
         )
-    return found
+    return found, left
 
 
 def kernel_norms(weight: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -191,9 +197,22 @@ def _can_be_reordered(graph: ModelGraph, group: ChannelGroup) -> bool:
     )
 
 
-def _is_plain(graph: ModelGraph, layer: str) -> bool:
+def _not_plain(graph: ModelGraph, layer: str) -> str:
     module = graph.model.get_submodule(layer)
-    return type(module) is nn.Conv2d and module.groups == 1 and isinstance(module.weight, nn.Parameter)
+    if type(module) is not nn.Conv2d:
+        return f"it is a {type(module).__name__}"
+    if module.groups > 1:
+        return "it is grouped already"
+    return "" if isinstance(module.weight, nn.Parameter) else "its weights are computed"
+
+
+def _not_its_own(graph: ModelGraph, end: End, names: list[str]) -> str:
+    """Why a layer's weights, which have these names, can't be changed without changing something else."""
+    if end.computed:
+        return "its weights are computed"
+    if any(graph.trace.ops[use].place.module != end.layer for use in end.uses):
+        return "its weights are used by other code"
+    return "" if len({id(_owner(graph.model, n)) for n in names}) == 1 else "its weights are another layer's too"
 
 
 def _owner(model: nn.Module, tensor: str) -> nn.Module:

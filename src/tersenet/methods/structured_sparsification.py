@@ -86,21 +86,23 @@ class StructuredSparsification(TrainingMethod):
         self._rehearse(graph.copy(), context, rounds=1)
 
     def preview(self, graph: ModelGraph, context: Context) -> None:
-        self._rehearse(graph, context, self.rounds)
+        context.notes += self._rehearse(graph, context, self.rounds)
 
-    def _rehearse(self, graph: ModelGraph, context: Context, rounds: int) -> None:
+    def _rehearse(self, graph: ModelGraph, context: Context, rounds: int) -> list[str]:
         from tersenet.graph.grouping import group_convolutions, mask_groups
 
         hooks = self.hooks(graph, context)
         groupings = hooks.decide(rounds)
         mask_groups(hooks.graph, groupings)
         group_convolutions(hooks.graph, groupings, self.fuse)
+        return hooks.describe(groupings)
 
     def hooks(self, graph: ModelGraph, context: Context) -> GroupLearning:
         from tersenet.graph.grouping import groupable
 
         graph = graph.with_residual("coupled")
-        return GroupLearning(self, graph, groupable(graph, self.include, self.exclude), context)
+        layers, left = groupable(graph, self.include, self.exclude)
+        return GroupLearning(self, graph, layers, left, context)
 
     def finish(self, graph: ModelGraph, context: Context, hooks: Hooks) -> None:
         """Cut what lies outside the groups, measure with the zeros in, then make grouped convolutions."""
@@ -115,15 +117,21 @@ class StructuredSparsification(TrainingMethod):
         context.equality = group_convolutions(hooks.graph, groupings, self.fuse)
         if unmasked is not None and unmasked.top1 is not None:
             context.notes.append(f"top-1 was {unmasked.top1:.2%} before the weights outside the groups were cut off")
-        context.notes.append(hooks.describe(groupings))
+        context.notes += hooks.describe(groupings)
 
 
 class GroupLearning(Hooks):
     """The sparse phase: orders, levels and the regulariser's coefficient, and the decision in the end."""
 
     def __init__(
-        self, settings: StructuredSparsification, graph: ModelGraph, layers: list[Groupable], context: Context
+        self,
+        settings: StructuredSparsification,
+        graph: ModelGraph,
+        layers: list[Groupable],
+        left: dict[str, str],
+        context: Context,
     ) -> None:
+        """Args: left: the other convolutions, with the reason why they stay as they are."""
         from tersenet.ops.channel_order import Order
         from tersenet.ops.group_levels import allowed_levels, group_counts
 
@@ -131,6 +139,7 @@ class GroupLearning(Hooks):
         self.graph = graph
         self.seed = context.seed
         self.layers = {layer.name: layer for layer in layers}
+        self.left = left
         self.counts = {n: group_counts(x.C_out, x.C_in, settings.any_divisor) for n, x in self.layers.items()}
         self.allowed = {
             n: allowed_levels(self.counts[n], x.C_out, x.C_in, settings.min_group_width, settings.max_groups)
@@ -260,13 +269,18 @@ class GroupLearning(Hooks):
         counts = {name: self.counts[name][level - 1] for name, level in levels.items()}
         return {name: Grouping(groups, self.orders[name]) for name, groups in counts.items() if groups > 1}
 
-    def describe(self, groupings: dict[str, Grouping]) -> str:
+    def describe(self, groupings: dict[str, Grouping]) -> list[str]:
+        from tersenet.graph.convolutions import by_value, listed
+
         kept = {n: cost / groupings[n].groups if n in groupings else cost for n, cost in self.costs.items()}
         saved = 1 - sum(kept.values()) / sum(self.costs.values())
         groups = ", ".join(f"{name} {grouping.groups}" for name, grouping in groupings.items()) or "none"
-        return (
-            f"{saved:.2%} of the groupable convolutions' {self.unit} went (asked for {self.goal:.2%}); groups: {groups}"
-        )
+        whole = {name: "no level of groups fits it" for name, allowed in self.allowed.items() if allowed == 1}
+        asked = f"asked for {self.goal:.2%}"
+        return [
+            f"{saved:.2%} of the groupable convolutions' {self.unit} went ({asked}); groups: {groups}",
+            *(f"{listed(names)} left as is: {why}" for why, names in by_value(self.left | whole).items()),
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         import torch
