@@ -19,7 +19,7 @@ from tersenet.kernels.layout import layout
 from tersenet.kernels.operator import winograd_conv2d
 from tersenet.kernels.pack import Packed, pack
 from tersenet.kernels.plan import Plan
-from tersenet.kernels.winograd import run
+from tersenet.kernels.winograd import Tables, run
 
 
 def case(seed: int, n: int, c: int, h: int, w: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ def test_every_cut_gives_the_same_bits(isa: str) -> None:
 
 
 def cut_run(x: Tensor, packed: Packed, cut: Plan) -> Tensor:
-    return run(x, packed.weight, packed.bias, None, (1, 1), packed.out_channels, packed.algorithm, "none", cut)
+    return run(x, Tables(packed.weight, packed.bias), None, (1, 1), packed.out_channels, packed.algorithm, "none", cut)
 
 
 def strided(x: Tensor) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def test_a_packed_weight_that_is_not_aligned() -> None:
     packed = pack(weight, bias)
     moved = [torch.empty(t.numel() + 1)[1:].view_as(t).copy_(t) for t in (packed.weight, packed.bias)]
     arguments: list[Any] = [None, (1, 1), 33, packed.algorithm, "none"]
-    assert same(run(x, *moved, *arguments), winograd_conv2d(x, packed, (1, 1)))
+    assert same(run(x, Tables(*moved), *arguments), winograd_conv2d(x, packed, (1, 1)))
 
 
 def test_scratch_does_not_grow_with_the_input() -> None:

@@ -23,7 +23,10 @@ _TASK = "ptr %context"
 def block_functions(module: Module, isa: Isa, transforms: Transforms, weight: str) -> None:
     """The tasks `run_private`, `run_input` and `run_product`, and what they share."""
     _transform_block(module, isa, transforms)
-    _product_block(module, isa, transforms, weight)
+    if weight == "sparse":
+        _sparse_product_block(module, isa, transforms)
+    else:
+        _product_block(module, isa, transforms, weight)
     _output_block(module, isa, transforms)
     _outputs_from(module)
     _run_private(module)
@@ -100,6 +103,36 @@ def _product_block(module: Module, isa: Isa, transforms: Transforms, weight: str
                 f.call(
                     "product", "ptr %context", f"ptr {f.offset(v, place)}", f"ptr {u}", f"ptr {f.offset(m, place)}",
                     f"i64 {part.index}, i64 {last}, ptr {own_ahead}, i64 {pace}, i64 {columns}, i64 {rows}",
+                )  # fmt: skip
+                group.next([f.add(done, rows)])
+
+
+def _sparse_product_block(module: Module, isa: Isa, transforms: Transforms) -> None:
+    """The same for a pruned weight: `starts` has the first entry of every vector of output channels and tap."""
+    f = module.function(
+        "product_block", "ptr %context, ptr noalias %v, ptr noalias %m, i64 %number, i64 %begin, i64 %end"
+    )
+    c = ContextReader(f, "weight", "list", "starts", "v_tap", "m_tap", "m_vector", "m_block", "out_channels")
+    count = _tiles_of_block(f, "%number")
+    groups = f.divmod(f.add(count, isa.rows - 1), isa.rows)[0]
+    small, larger = f.divmod(count, groups)
+    with f.loop(transforms.t**2) as tap, f.loop("%end", start="%begin") as output:
+        v = f.offset("%v", f.mul(tap.index, c["v_tap"]))
+        m = f.add(f.mul(f.sub(output.index, "%begin"), c["m_block"]), f.mul(tap.index, c["m_tap"]))
+        m = f.offset("%m", m)
+        with f.loop(_vectors_of(f, isa, output.index, c["out_channels"])) as column:
+            vector = f.add(f.mul(output.index, isa.columns), column.index)
+            start = f.offset(c["starts"], f.add(f.mul(vector, transforms.t**2), tap.index), "i64")
+            first, last = f.load("i64", start, 8), f.load("i64", f.offset(start, 1, "i64"), 8)
+            own = f.offset(m, f.mul(column.index, c["m_vector"]))
+            with f.loop(groups, carry=[("i64", "0")]) as group:
+                (done,) = group.values
+                # Groups of equal size, but for one tile.
+                rows = f.add(small, f.op(f"zext i1 {f.compare('slt', group.index, larger)} to i64"))
+                place = f.mul(done, isa.width)
+                f.call(
+                    "sparse", "ptr %context", f"ptr {f.offset(v, place)}", f"ptr {c['weight']}", f"ptr {c['list']}",
+                    f"ptr {f.offset(own, place)}", f"i64 {first}", f"i64 {last}", f"i64 {rows}",
                 )  # fmt: skip
                 group.next([f.add(done, rows)])
 

@@ -9,7 +9,7 @@ from tersenet.kernels.ir import Function
 # Strides are in floats, sizes in elements. x is the input, y the output, r the residual that is added to the output.
 FIELDS = (
     "x x_image x_row x_column y y_image y_row y_column r r_image r_row r_column "
-    "weight bias bias_scale scratch scratch_stride shared "
+    "weight bias list starts bias_scale scratch scratch_stride shared "
     "height width channels out_height out_width out_channels pad_top pad_left "
     "tiles tiles_high tiles_wide block block_count v_tap v_vector m_tap m_vector m_block v_block "
     "vectors quads quad_step outputs output_step low high silu next_input next_product next_slot"
@@ -35,5 +35,5 @@ class ContextReader:
         return self._function.offset("%context", INDEX[name], "i64")
 
     def _load(self, name: str) -> str:
-        kind = "ptr" if name in ("x", "y", "r", "weight", "bias", "scratch", "shared") else "i64"
+        kind = "ptr" if name in ("x", "y", "r", "weight", "bias", "list", "starts", "scratch", "shared") else "i64"
         return self._function.load(kind, self.address(name), 8)

@@ -9,6 +9,7 @@ from tersenet.kernels.blocks import block_functions
 from tersenet.kernels.host import Isa
 from tersenet.kernels.ir import Module
 from tersenet.kernels.product import product_kernels
+from tersenet.kernels.sparse import sparse_kernels
 from tersenet.kernels.tiles import input_transforms, output_transforms
 from tersenet.ops.cook_toom import Transforms, cook_toom
 
@@ -21,7 +22,8 @@ TASKS = ("run_private", "run_input", "run_product")
 
 @dataclass(frozen=True)
 class Algorithm:
-    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float" or as "half".
+    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float", as "half", or as "sparse":
+    those that are left of a pruned one. `relu`: a ReLU between the input transform and the product.
 
     Raises:
         TersenetError: another m; half weights where the processor can't convert them.
@@ -30,6 +32,8 @@ class Algorithm:
     m: int
     isa: Isa
     weight: str = "float"
+    points: str = POINTS
+    relu: bool = False
 
     def __post_init__(self) -> None:
         if self.m not in OUTPUTS:
@@ -39,7 +43,8 @@ class Algorithm:
 
     @property
     def name(self) -> str:
-        return f"winograd-f{self.m}-{POINTS}-{self.weight}-{self.isa.name}"
+        relu = "-relu" if self.relu else ""
+        return f"winograd-f{self.m}-{self.points}-{self.weight}{relu}-{self.isa.name}"
 
     @property
     def t(self) -> int:
@@ -47,7 +52,7 @@ class Algorithm:
 
     @property
     def transforms(self) -> Transforms:
-        return cook_toom(self.m, R, POINTS)
+        return cook_toom(self.m, R, self.points)
 
 
 def generate(algorithm: Algorithm) -> str:
@@ -57,8 +62,11 @@ def generate(algorithm: Algorithm) -> str:
     wide = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
     module = Module(algorithm.isa.width, wide)
     transforms = algorithm.transforms
-    input_transforms(module, transforms)
+    input_transforms(module, transforms, algorithm.relu)
     output_transforms(module, transforms)
-    product_kernels(module, algorithm.isa, algorithm.weight)
+    if algorithm.weight == "sparse":
+        sparse_kernels(module, algorithm.isa)
+    else:
+        product_kernels(module, algorithm.isa, algorithm.weight)
     block_functions(module, algorithm.isa, transforms, algorithm.weight)
     return module.text()

@@ -231,6 +231,12 @@ class Function:
         self.module.declarations.add(f"declare {v} {name}({v}, {v}, {v})")
         return self.op(f"call {v} {name}({v} {a}, {v} {b}, {v} {c})")
 
+    def vpositive(self, a: str) -> str:
+        """max(a, 0); what is not a number stays so."""
+        v = self.module.vector
+        below = self.op(f"fcmp olt {v} {a}, zeroinitializer")
+        return self.op(f"select <{self.module.width} x i1> {below}, {v} zeroinitializer, {v} {a}")
+
     def vload(self, pointer: str, mask: str | None = None, align: int = 4) -> str:
         """A vector from memory; lanes outside `mask` are not read and are zero."""
         v, w = self.module.vector, self.module.width

@@ -17,7 +17,7 @@ from tersenet.kernels.generate import Algorithm, R
 from tersenet.kernels.host import host
 from tersenet.kernels.layout import output_shape
 from tersenet.kernels.pack import WEIGHT_TYPES, Packed, packed_shape
-from tersenet.kernels.winograd import BOUNDS, run
+from tersenet.kernels.winograd import BOUNDS, Tables, run
 
 _library = torch.library.Library("tersenet", "FRAGMENT")
 _library.define(
@@ -73,7 +73,7 @@ def _cpu(
     algorithm = _algorithm(m, isa, weight.dtype)
     pads = (padding[0], padding[1])
     _check(x, weight, bias, residual, pads, out_channels, algorithm, activation)
-    return run(x, weight, bias, residual, pads, out_channels, algorithm, activation)
+    return run(x, Tables(weight, bias), residual, pads, out_channels, algorithm, activation)
 
 
 def _fake(
@@ -87,12 +87,16 @@ def _fake(
     isa: str,
     activation: str,
 ) -> Tensor:
-    # Sizes may be symbols here.
+    return fake_output(x, padding, out_channels)
+
+
+def fake_output(x: Tensor, padding: list[int], out_channels: int) -> Tensor:
+    """A tensor without values, of the result's shape. Sizes may be symbols."""
     shape = (x.shape[0], out_channels, x.shape[2] + 2 * padding[0] - R + 1, x.shape[3] + 2 * padding[1] - R + 1)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
-def _no_backward(context: Any, gradient: Tensor) -> Any:
+def no_backward(context: Any, gradient: Tensor) -> Any:
     raise TersenetError(
         "the generated kernels have no backward; train the network before it is lowered, "
         "or run it under torch.inference_mode()"
@@ -101,7 +105,7 @@ def _no_backward(context: Any, gradient: Tensor) -> Any:
 
 _library.impl("winograd_conv2d", _cpu, "CPU")
 torch.library.register_fake("tersenet::winograd_conv2d", _fake, lib=_library)
-torch.library.register_autograd("tersenet::winograd_conv2d", _no_backward, lib=_library)
+torch.library.register_autograd("tersenet::winograd_conv2d", no_backward, lib=_library)
 
 
 @functools.lru_cache(maxsize=256)
@@ -120,10 +124,7 @@ def _check(
     activation: str,
 ) -> None:
     """Everything that generated code relies on: it checks nothing itself."""
-    if x.ndim != 4 or x.dtype != torch.float32:
-        raise TersenetError(f"x (={x.dtype} {tuple(x.shape)}) must be float32 and of shape (N, C_in, H, W)")
-    if activation not in BOUNDS:
-        raise UnknownNameError("activation", activation, BOUNDS)
+    check_call(x, residual, padding, out_channels, activation)
     expected = packed_shape(algorithm, out_channels, x.shape[1])
     flat = (2, expected[0] * expected[3])
     kept = WEIGHT_TYPES[algorithm.weight]
@@ -134,6 +135,16 @@ def _check(
                 f"{shape} for {x.shape[1]} input and {out_channels} output channels on {algorithm.isa.name}: "
                 "pack it again"
             )
+
+
+def check_call(
+    x: Tensor, residual: Tensor | None, padding: tuple[int, int], out_channels: int, activation: str
+) -> None:
+    """Raises: TersenetError for tensors that are not float32 or don't fit together, or an unknown activation."""
+    if x.ndim != 4 or x.dtype != torch.float32:
+        raise TersenetError(f"x (={x.dtype} {tuple(x.shape)}) must be float32 and of shape (N, C_in, H, W)")
+    if activation not in BOUNDS:
+        raise UnknownNameError("activation", activation, BOUNDS)
     shape = output_shape((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), out_channels, padding)
     if min(padding) < 0 or min(shape[2:]) < 1:
         raise TersenetError(f"x (={tuple(x.shape)}) with padding {padding} has no room for a 3x3 kernel")

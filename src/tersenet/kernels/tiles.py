@@ -16,8 +16,8 @@ from tersenet.kernels.linear import apply
 from tersenet.ops.cook_toom import Transforms
 
 
-def input_transforms(module: Module, transforms: Transforms) -> None:
-    """`input_inner` and `input_careful`: B^T d B of one tile. Tap k goes to `%v` + k `v_tap`.
+def input_transforms(module: Module, transforms: Transforms, relu: bool) -> None:
+    """`input_inner` and `input_careful`: B^T d B of one tile, with `relu` its ReLU. Tap k goes to `%v` + k `v_tap`.
 
     `%x` is the tile's first pixel for `input_inner`, and the image's first for `input_careful`, which takes pixels
     outside the image and channels beyond `%channels` as zero.
@@ -27,7 +27,7 @@ def input_transforms(module: Module, transforms: Transforms) -> None:
     c = ContextReader(f, "x_row", "x_column", "v_tap")
     rows = [f.offset("%x", f.mul(c["x_row"], i)) for i in range(t)]
     columns = [f.mul(c["x_column"], j) for j in range(t)]
-    _input(f, transforms, c["v_tap"], lambda i, j: f.vload(f.offset(rows[i], columns[j])))
+    _input(f, transforms, relu, c["v_tap"], lambda i, j: f.vload(f.offset(rows[i], columns[j])))
 
     f = module.function(
         "input_careful", "ptr %context, ptr noalias %x, ptr noalias %v, i64 %top, i64 %left, i64 %channels"
@@ -45,7 +45,7 @@ def input_transforms(module: Module, transforms: Transforms) -> None:
             tap = f.add(f.mul(i.index, t), j.index)
             f.vstore(value, f.offset("%v", f.mul(c["v_tap"], tap)), align=4 * module.width)
     taps = [[f.offset("%v", f.mul(c["v_tap"], i * t + j)) for j in range(t)] for i in range(t)]
-    _input(f, transforms, c["v_tap"], lambda i, j: f.vload(taps[i][j], align=4 * module.width))
+    _input(f, transforms, relu, c["v_tap"], lambda i, j: f.vload(taps[i][j], align=4 * module.width))
 
 
 def output_transforms(module: Module, transforms: Transforms) -> None:
@@ -86,12 +86,13 @@ def output_transforms(module: Module, transforms: Transforms) -> None:
         f.vstore(value, _pixel(f, c, "y", i.index, j.index), lanes)
 
 
-def _input(f: Function, transforms: Transforms, v_tap: str, read: Callable[[int, int], str]) -> None:
-    """B^T d B; everything is read before the first tap is written."""
+def _input(f: Function, transforms: Transforms, relu: bool, v_tap: str, read: Callable[[int, int], str]) -> None:
+    """B^T d B, or its ReLU; everything is read before the first tap is written."""
     t, bt = transforms.t, transforms.bt
     half = [apply(f, bt, [read(i, j) for i in range(t)]) for j in range(t)]
     for i in range(t):
         for j, value in enumerate(apply(f, bt, [half[column][i] for column in range(t)])):
+            value = f.vpositive(value) if relu else value
             f.vstore(value, f.offset("%v", f.mul(v_tap, i * t + j)), align=4 * f.module.width)
 
 

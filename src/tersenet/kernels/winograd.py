@@ -8,6 +8,7 @@ import math
 import struct
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +27,24 @@ BOUNDS = {"none": _FREE, "relu": (0.0, math.inf), "relu6": (0.0, 6.0), "silu": _
 _BITS = {name: [struct.unpack("<I", struct.pack("<f", end))[0] for end in ends] for name, ends in BOUNDS.items()}
 _STRIDED = [("image", 0), ("row", 2), ("column", 3)]
 
-_X, _Y, _R, _WEIGHT, _BIAS, _SHARED, _SCRATCH = map(INDEX.__getitem__, "x y r weight bias shared scratch".split())
+_X, _Y, _R, _SHARED, _SCRATCH = map(INDEX.__getitem__, "x y r shared scratch".split())
+_TABLES = [INDEX[name] for name in ("weight", "bias", "list", "starts")]
 
 _kept = threading.local()
 
 
+class Tables(NamedTuple):
+    """A packed weight: of a pruned one `list` and `starts` too."""
+
+    weight: Tensor
+    bias: Tensor
+    list: Tensor | None = None
+    starts: Tensor | None = None
+
+
 def run(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    tables: Tables,
     residual: Tensor | None,
     padding: tuple[int, int],
     out_channels: int,
@@ -48,7 +58,7 @@ def run(
         residual = _channels_last(residual)
     strides = None if residual is None else residual.stride()
     found = call(algorithm, x.shape, x.stride(), strides, padding, out_channels, activation, threads.available(), cut)
-    return found.run(x, weight, bias, residual)
+    return found.run(x, tables, residual)
 
 
 @dataclass(frozen=True)
@@ -62,14 +72,17 @@ class Call:
     floats: int
     shared_bytes: int
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, tables: Tables, residual: Tensor | None) -> Tensor:
         """On tensors with the sizes, strides and types that the call was made for: nothing is checked."""
         y = torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         if not self.tasks:
             return y
         memory = _memory(self.floats)
         context = Context.from_buffer_copy(self.context)
-        context[_X], context[_Y], context[_WEIGHT], context[_BIAS] = (t.data_ptr() for t in (x, y, weight, bias))
+        context[_X], context[_Y] = x.data_ptr(), y.data_ptr()
+        for place, table in zip(_TABLES, tables, strict=True):
+            if table is not None:
+                context[place] = table.data_ptr()
         if residual is not None:
             context[_R] = residual.data_ptr()
         context[_SHARED], context[_SCRATCH] = memory, memory + self.shared_bytes

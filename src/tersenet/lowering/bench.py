@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def bench(
                     runners.pop(peer, None)
                     missing[peer] = first_line(error)
             errors = {name: _error(run(), expected) for name, run in runners.items()}
-            times = _measured(runners, rounds)
+            times = in_turns(runners, rounds)
     finally:
         torch.set_num_threads(before)
     timings = {name: _timing(times[name], errors[name]) for name in runners}
@@ -97,7 +97,9 @@ def bench(
     return Bench(timings, missing, len(inputs[0]), used, rounds, {**where, "threads": used}), fast
 
 
-def _measured(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
+def in_turns(runners: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each: every round runs each once and starts with another one, so that what slows the machine down
+    slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in runners}
     order = list(runners)
     for turn in range(rounds):

@@ -16,7 +16,7 @@ from tersenet.kernels.generate import Algorithm, R
 from tersenet.kernels.host import host
 from tersenet.kernels.operator import winograd_conv2d
 from tersenet.kernels.pack import pack
-from tersenet.kernels.winograd import BOUNDS, Call
+from tersenet.kernels.winograd import BOUNDS, Call, Tables
 from tersenet.kernels.winograd import call as prepared
 
 Pair = tuple[int, int]
@@ -148,13 +148,14 @@ class WinogradConvolution(nn.Module):
         self._padding = layer.padding
         self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation].function
         self._activation = layer.activation if self._function is None else "none"
+        self._tables = Tables(self._packed.weight, self._packed.bias)
         self._calls: dict[tuple[Any, ...] | None, Call] = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         key = None if _watched(x) else _key(x, residual)
         call = self._calls.get(key)
         if call is not None:
-            y = call.run(x, self._packed.weight, self._packed.bias, residual)
+            y = call.run(x, self._tables, residual)
         else:
             y = winograd_conv2d(x, self._packed, self._padding, residual, self._activation)
             if key is not None and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1):
