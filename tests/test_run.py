@@ -147,17 +147,17 @@ def test_a_full_disk_while_an_event_is_noted(tmp_path: Path, monkeypatch: pytest
 def test_what_the_first_rank_refuses_all_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(run.distributed, "world", lambda: 2)
-    monkeypatch.setattr(run.dist, "broadcast_object_list", sent.append)
+    monkeypatch.setattr(run.distributed.dist, "broadcast_object_list", sent.append)
 
     def refuse() -> None:
         raise TersenetError("no")
 
     with pytest.raises(TersenetError, match=r"^no$"):
         run.on_first_rank(refuse)
-    assert sent == [["no"]]
+    assert sent == [[None, "no"]]
 
     monkeypatch.setattr(run.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(run.dist, "broadcast_object_list", lambda values: values.__setitem__(0, "told"))
+    monkeypatch.setattr(run.distributed.dist, "broadcast_object_list", lambda values: values.__setitem__(1, "told"))
     with pytest.raises(TersenetError, match=r"^told$"):
         run.on_first_rank(refuse)
 

@@ -9,7 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tersenet.api import Result, compress, evaluate, export, load, measure, save, sensitivity
+    from tersenet.api import (
+        Result,
+        compress,
+        evaluate,
+        export,
+        latency_table,
+        load,
+        measure,
+        save,
+        sensitivity,
+        workload,
+    )
     from tersenet.errors import ArtifactError, GraphError, TersenetError
     from tersenet.graph.model import ModelGraph
     from tersenet.lowering.lower import lower
@@ -17,7 +28,19 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(
-        ("Result", "compress", "evaluate", "export", "load", "measure", "save", "sensitivity"), "tersenet.api"
+        (
+            "Result",
+            "compress",
+            "evaluate",
+            "export",
+            "latency_table",
+            "load",
+            "measure",
+            "save",
+            "sensitivity",
+            "workload",
+        ),
+        "tersenet.api",
     ),
     **dict.fromkeys(("ArtifactError", "GraphError", "TersenetError"), "tersenet.errors"),
     "ModelGraph": "tersenet.graph.model",
@@ -35,11 +58,13 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "latency_table",
     "load",
     "lower",
     "measure",
     "save",
     "sensitivity",
+    "workload",
 ]
 
 

@@ -22,7 +22,10 @@ from tersenet.exporting.program import export_program
 from tersenet.graph.copies import copied
 from tersenet.graph.model import random_like
 from tersenet.graph.record import InputSpec, input_of, record_of
+from tersenet.measuring.layer_latency import LatencyTable
 from tersenet.measuring.measure import measure as measure_network
+from tersenet.measuring.workload import Workload
+from tersenet.measuring.workload import workload as count_workload
 from tersenet.methods.base import TrainingMethod
 from tersenet.models.open import Source, example_of
 from tersenet.models.usable import check_usable, unwrapped
@@ -35,6 +38,7 @@ from tersenet.search.sensitivity import analyse
 from tersenet.search.settings import RATES, SAMPLES, Settings
 from tersenet.train import distributed
 from tersenet.train.evaluate import evaluate as evaluate_network
+from tersenet.winograd_search.layers import measured
 
 
 @dataclass(frozen=True)
@@ -158,15 +162,60 @@ def measure(model: nn.Module, example: Any) -> Measures:
     return measure_network(unwrapped(model), example)
 
 
-def export(model: nn.Module, path: str | Path, example: Any) -> Path:
-    """An ExportedProgram (.pt2) or ONNX file (.onnx) for any batch size, which runs where tersenet is not installed.
+def workload(model: nn.Module, data: Any = None, samples: int = 100) -> Workload:
+    """Multiplications per image, layer by layer, where zeros of sparse layers' weights and activations are skipped.
+
+    Args:
+        data: as for `evaluate`; the first `samples` test images are counted on. None: images of noise, whose
+            activations say little.
 
     Raises:
-        TersenetError: another file ending, the extra `onnx` is not installed, a full disk.
+        TersenetError: data without a test split, or a network that does not take its images.
+    """
+    model = unwrapped(model)
+    if data is None:
+        images = random_like(example_of(model, samples), seed=0)
+        return count_workload(model, [(images, None)], samples)
+    record = record_of(model)
+    known = record.input if record is not None else None
+    normalise = (known.mean, known.std) if known and known.mean and known.std else None
+    bundle = load_data(data, normalise=normalise)
+    if bundle.test is None:
+        raise TersenetError(f"data {bundle.name!r} has no test split to count on")
+    return count_workload(model, bundle.test.batches(0), samples)
+
+
+def export(
+    model: nn.Module, path: str | Path, example: Any, *, quantized: Literal["folded", "plain"] = "folded"
+) -> Path:
+    """An ExportedProgram (.pt2) or ONNX file (.onnx) for any batch size, which runs where tersenet is not installed.
+
+    Args:
+        quantized: what becomes of Winograd and quantized layers. `folded`: their weights are integers, transformed
+            and rounded once; in ONNX with QuantizeLinear and DequantizeLinear. `plain`: ordinary convolutions, without
+            any rounding.
+
+    Raises:
+        TersenetError: another file ending, the extra `onnx` is not installed, a full disk; a quantizer that has seen
+            nothing, or with `plain` transforms that make no convolution.
         GraphError: the network can't be exported, or what was exported gives other outputs.
     """
     write = export_onnx if Path(path).suffix == ".onnx" else export_program
-    return write(unwrapped(model), path, example if isinstance(example, tuple) else (example,))
+    return write(unwrapped(model), path, example if isinstance(example, tuple) else (example,), quantized)
+
+
+def latency_table(
+    model: nn.Module, example: Any, *, bits: Sequence[int | None] = (None,), batch: int = 1
+) -> LatencyTable:
+    """What each convolution costs on this machine: direct, F2, F4 and F6, in floating point (None) and in few bits.
+
+    `winas` and `winograd_knapsack` choose by it: `latency_table(...).save("table.json")`, then `latency: table.json`.
+
+    Raises:
+        TersenetError: the network has no convolution.
+    """
+    inputs = example if isinstance(example, tuple) else (example,)
+    return measured(unwrapped(model).eval(), inputs, bits, batch)
 
 
 def evaluate(

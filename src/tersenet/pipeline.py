@@ -24,6 +24,7 @@ from tersenet.methods.base import Context, Method, TrainingMethod
 from tersenet.models.open import Source, example_of
 from tersenet.models.usable import check_usable
 from tersenet.nn.adapter import ChannelAdapter
+from tersenet.progress import Progress
 from tersenet.recipe import Recipe, dump
 from tersenet.recipe_target import Target
 from tersenet.results import Accuracy, Measures, Report, StepResult
@@ -102,6 +103,7 @@ class Pipeline:
         folder = self.run.step(index, step.method)
         graph = ModelGraph(model, example_of(model, batch=2))
         context = self._context(model, self.before or self._measure(model, None))
+        context.progress = Progress(folder / "progress")
         step.apply(graph, context)
         rows: list[dict[str, Any]] = []
         if isinstance(step, TrainingMethod) and self.data is not None:
@@ -128,6 +130,7 @@ class Pipeline:
             equality=context.equality,
             masked=context.masked,
             curves=rows,
+            fits=context.fits,
             notes=context.notes,
         )
         self.run.finish(result)

@@ -95,6 +95,19 @@ class Equality(_Record):
         return "" if self.telling else " The outputs hardly depend on the input, so this says little: is it trained?"
 
 
+class LayerFit(_Record):
+    """One layer fitted to calibration data. Errors are root mean squares, as shares of the deviation of what is wanted:
+    0 is no error, 1 that of a constant."""
+
+    name: str
+    what: str = Field(default="inputs", description="what the layer lost: inputs, or rank")
+    before: int
+    after: int
+    unfitted: float | None = Field(default=None, description="error of its responses without the fit")
+    error: float | None = Field(default=None, description="error of its responses; None: it was not fitted")
+    output_error: float | None = Field(default=None, description="error of the network's output at this point")
+
+
 class StepResult(_Record):
     """One step of the recipe. `curves` has one row per epoch, its keys name the columns."""
 
@@ -106,6 +119,7 @@ class StepResult(_Record):
     equality: Equality | None = None
     masked: Accuracy | None = Field(default=None, description="accuracy with the zeros still in, before compaction")
     curves: list[dict[str, Any]] = Field(default_factory=list)
+    fits: list[LayerFit] = Field(default_factory=list, description="in the order in which they were made")
     notes: list[str] = Field(default_factory=list)
 
 

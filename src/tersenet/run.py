@@ -1,7 +1,7 @@
 """A run's folder: what was asked for, what happened, one folder per step, the report.
 
     run.json  recipe.yaml  environment.json  events.jsonl  before/
-    steps/00-train/{checkpoint.pt, model/, done.json}  model/  report.json  report.html
+    steps/00-train/{checkpoint.pt, progress/, model/, done.json}  model/  report.json  report.html
 
 Every file is whole or absent. The same command run again finds what is done and goes on from there.
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from torch import distributed as dist
 
 from tersenet import atomic
 from tersenet.errors import ArtifactError, TersenetError
@@ -34,9 +33,10 @@ _FILES = (
     "before/measures.json",
     "steps/*/checkpoint.pt",
     "steps/*/done.json",
+    "steps/*/progress/*.pt",
     *(f"{place}/{name}" for place in ("before", "model", "steps/*/model") for name in ARTIFACT_FILES),
 )
-_FOLDERS = ("steps/*/model", "steps/*", "steps", "before", "model")
+_FOLDERS = ("steps/*/model", "steps/*/progress", "steps/*", "steps", "before", "model")
 _CLEARING = {"fresh": "being removed"}
 
 
@@ -90,6 +90,7 @@ class Run:
             atomic.write_text(path / "done.json", result.model_dump_json(indent=1))
             # What resume needed is not needed any more.
             (path / "checkpoint.pt").unlink(missing_ok=True)
+            shutil.rmtree(path / "progress", ignore_errors=True)
 
     def before(self) -> Measures | None:
         path = self.folder / "before" / "measures.json"
@@ -118,18 +119,11 @@ class Run:
 
 def on_first_rank(action: Callable[[], object]) -> None:
     """Do it on the first rank while all others wait. What it refuses is refused on all, so that none waits in vain."""
-    refused: list[str | None] = [None]
-    if distributed.is_main():
-        try:
-            action()
-        except TersenetError as error:
-            if distributed.world() == 1:
-                raise
-            refused[0] = str(error)
-    if distributed.world() > 1:
-        dist.broadcast_object_list(refused)
-    if refused[0] is not None:
-        raise TersenetError(refused[0])
+
+    def act() -> None:
+        action()
+
+    distributed.from_first(act)
 
 
 def _drop_half_line(path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tersenet as tn
+
 Cli = Callable[..., tuple[int, str, str]]
 
 SMALL = ("--set", "data.train_limit=64", "--set", "steps.0.fit.epochs=1")
@@ -72,6 +74,32 @@ def test_measure(cli: Cli) -> None:
     code, out, _ = cli("measure", "resnet20", "--input", "3x16x16")
     assert code == 0
     assert f"{(40_551_040 - 640) // 4 + 640:,}" in out
+
+
+def test_measure_the_workload(cli: Cli, tmp_path: Path) -> None:
+    pruned = {"steps.1.fit.epochs": 1, "steps.0.fit.epochs": 1, "model_arguments.width": 4}
+    tn.compress(None, "sparse_winograd_digits", out=tmp_path / "run", overrides=pruned)
+    network = str(tmp_path / "run" / "model")
+    found = json.loads(cli("measure", network, "--workload", "--data", "digits", "--samples", "7", "--json")[1])
+    counted = found["workload"]
+    assert (counted["images"], counted["data"]) == (7, "digits")
+    assert counted["totals"]["all"]["dense"] == found["macs"]
+    kinds = [row["kind"] for row in counted["rows"]]
+    assert (kinds.count("winograd_relu"), kinds.count("native")) == (3, 1)
+    for row in counted["rows"]:
+        if row["kind"] == "dense":
+            assert row["exact"] == row["dense"]
+        else:
+            assert row["exact"] < row["native"] < row["dense"]
+            assert row["weight_density"] == pytest.approx(0.3, abs=0.01)
+    code, out, _ = cli("measure", network, "--workload")
+    assert code == 0
+    assert "images of noise: give --data" in out
+    assert "times fewer than dense in the sparse layers" in out
+    assert "no layer has a mask" in cli("measure", "resnet8", "--workload", "--samples", "2")[1]
+    code, _, err = cli("measure", "resnet8", "--data", "digits")
+    assert code == 1
+    assert "--data is for --workload" in err
 
 
 def test_export_serves_any_batch(cli: Cli, folder: Path, tmp_path: Path) -> None:

@@ -53,11 +53,19 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     # Others in tests/methods: exporting a Winograd layer takes a second.
     "winograd": ({"quantizers": "reference", "tile": 2},),
     "winograd_aware": ({"fit": FIT, "flex": "full"},),
+    "winograd_knapsack": ({"bits": (None, 8), "share": 1.0, "calibration_batches": 1},),
+    "winas": ({"fit": FIT, "bits": (None, 8), "calibration_batches": 1, "latency_weight": 1.0},),
+    "sparse_winograd": (
+        {"fit": FIT, "density": 0.4, "others": "native", "move": 0.5},
+        {"fit": FIT, "density": 0.3, "scope": "global", "mode": "spatial"},
+    ),
     "channel_pruning": (
         {"rate": 0.4},
         {"rate": 0.4, "residual": "independent", "at_least": 2},
         {"rate": 0.3, "select": "max_response", "reconstruct": False},
     ),
+    "spatial_decomposition": ({"rate": 0.4}, {"rate": 0.2, "relu": False}),
+    "channel_decomposition": ({"rate": 0.4}, {"rate": 0.2, "pointwise": True}),
     "structured_sparsification": (
         {**GROUPS, "sparsity": 0.1},
         {**GROUPS, "sparsity": 0.05, "strength": 1e-3, "gain": 1.0, "trim": True, "fuse": False, "restarts": 1},
@@ -93,6 +101,18 @@ REJECTED: dict[str, tuple[tuple[dict[str, Any], str | None], ...]] = {
         ({"fit": FIT}, None),
         ({"fit": FIT, "bits": None, "exclude": ("*",)}, None),
     ),
+    "winograd_knapsack": (
+        # No images to measure on.
+        ({"bits": (None, 8)}, None),
+        ({"include": ("convolution7",)}, None),
+        ({"latency": "nowhere.json"}, None),
+    ),
+    "winas": (({"fit": FIT, "bits": (None, 8)}, None), ({"fit": FIT, "exclude": ("*",)}, None)),
+    "sparse_winograd": (
+        ({"fit": FIT, "include": ("convolution7",)}, None),
+        ({"fit": FIT, "densities": {"blok*": 0.2}}, None),
+        ({"fit": FIT, "exclude": ("*",)}, None),
+    ),
     "structured_sparsification": (
         ({**GROUPS, "sparsity": 0.9}, None),
         (GROUPS, "macs=1%"),
@@ -100,6 +120,23 @@ REJECTED: dict[str, tuple[tuple[dict[str, Any], str | None], ...]] = {
         ({**GROUPS, "sparsity": 0.1, "include": ("convolution7",)}, None),
         ({**GROUPS, "sparsity": 0.1, "exclude": ("*",)}, None),
         ({**GROUPS, "sparsity": 0.1, "max_groups": 1}, None),
+    ),
+    "spatial_decomposition": (
+        ({}, "macs=1%"),
+        ({}, None),
+        # No images to calibrate on.
+        ({"rate": 0.4}, None),
+        ({"rate": 0.4, "include": ("convolution7",)}, None),
+        ({"rate": 0.4, "ranks": {"blok*": 2}}, None),
+        ({"rate": 0.4, "exclude": ("*",)}, None),
+    ),
+    "channel_decomposition": (
+        ({}, "params=1%"),
+        ({}, None),
+        ({"rate": 0.4}, None),
+        ({"rate": 0.4, "include": ("convolution7",)}, None),
+        ({"rate": 0.4, "ranks": {"blok*": 2}}, None),
+        ({"rate": 0.4, "exclude": ("*",)}, None),
     ),
     "channel_pruning": (
         ({}, "macs=1%"),
@@ -111,10 +148,15 @@ REJECTED: dict[str, tuple[tuple[dict[str, Any], str | None], ...]] = {
         ({"rate": 0.4, "exclude": ("*",)}, None),
     ),
 }
+# Method -> networks that have no layer for it.
+UNFIT: dict[str, tuple[str, ...]] = {"sparse_winograd": ("depthwise", "grouped")}
 # Method -> changes of its settings with which it has nothing to do.
 NOTHING: dict[str, dict[str, Any]] = {
     "magnitude": {"rate": 0.0},
     "channel_pruning": {"rate": 0.0},
+    "spatial_decomposition": {"rate": 0.0},
+    "channel_decomposition": {"rate": 0.0},
+    "merge_pointwise": {},
     "soft_filter_pruning": {"rate": 0.0},
     "structured_sparsification": {"sparsity": 0.0},
 }
@@ -133,7 +175,7 @@ def method_of(name: str, variant: int) -> Method:
 VARIANTS = [(name, i) for name in all_methods() for i in range(len(SETTINGS.get(name, ({},))))]
 every_run = pytest.mark.parametrize(
     ("network", "method", "variant"),
-    [(network, name, variant) for network in tiny.NETWORKS for name, variant in VARIANTS],
+    [(network, name, i) for network in tiny.NETWORKS for name, i in VARIANTS if network not in UNFIT.get(name, ())],
 )
 
 
@@ -319,6 +361,15 @@ def test_a_rejected_call_changes_nothing(method: str, number: int) -> None:
     assert graph.record.edits == ()
 
 
+@pytest.mark.parametrize(("method", "network"), [(name, network) for name in UNFIT for network in UNFIT[name]])
+def test_a_network_without_a_layer_for_it_is_refused(method: str, network: str) -> None:
+    model = fresh(network)
+    before, graph = state_of(model), ModelGraph(model, inputs_of(network))
+    with pytest.raises(TersenetError, match=r"no layer is left for .* \(.*: .*\)"):
+        method_of(method, 0).apply(graph, context_of(graph))
+    assert_same_state(model, before)
+
+
 @pytest.mark.parametrize(("method", "variant"), VARIANTS)
 def test_a_network_with_nothing_to_cut_is_left_alone(method: str, variant: int) -> None:
     torch.manual_seed(0)
@@ -348,4 +399,4 @@ def test_with_nothing_to_do_it_does_nothing(network: str, method: str) -> None:
 
 
 def test_every_table_names_registered_methods() -> None:
-    assert (SETTINGS.keys() | REJECTED.keys() | NOTHING.keys()) <= all_methods().keys()
+    assert (SETTINGS.keys() | REJECTED.keys() | NOTHING.keys() | UNFIT.keys()) <= all_methods().keys()

@@ -68,7 +68,8 @@ def test_what_can_not_be_equal_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     with pytest.raises(GraphError, match="Counts can't be exported"):
         tersenet.export(Counts(), tmp_path / "net.onnx", torch.ones(1, 2))
-    other = exporting._converted("x", exporting.exported(nn.Linear(2, 2), exporting.batches((torch.zeros(1, 2),))))
+    linear = nn.Linear(2, 2)
+    other = exporting._converted(linear, exporting.exported(linear, exporting.batches((torch.zeros(1, 2),))))
     monkeypatch.setattr(exporting, "_converted", lambda *_: other)
     with pytest.raises(GraphError, match="ONNX Runtime's outputs differ at batch size 2") as caught:
         tersenet.export(nn.Linear(2, 2), tmp_path / "net.onnx", torch.ones(1, 2))

@@ -17,13 +17,15 @@ import tersenet as tn
 from run_support import same
 from tersenet.errors import ArtifactError, GraphError, TersenetError, UnknownNameError
 from tersenet.exporting import artifact
+from tersenet.exporting.deploy import folded, integers, plain_convolutions
 from tersenet.graph.convolutions import convolutions
-from tersenet.graph.edits import Quantize, Winograd
+from tersenet.graph.edits import Group, Quantize, Winograd
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.record import InputSpec, Record, attach, record_of
 from tersenet.measuring.winograd_table import winograd_table
 from tersenet.methods.base import Context
 from tersenet.methods.magnitude import Magnitude
+from tersenet.methods.remove_zero_filters import RemoveZeroFilters
 from tersenet.methods.winograd_aware import WinogradAware, WinogradSwap, WinogradTraining
 from tersenet.models.build import build
 from tersenet.nn.quantized import QuantizedConv2d
@@ -276,7 +278,7 @@ def test_a_second_application_finds_nothing_to_do() -> None:
     assert graph.record == before
 
 
-def test_pruning_comes_first() -> None:
+def test_pruning_before_the_swap() -> None:
     model = net()
     graph = ModelGraph(model, (IMAGES[:2],))
     context = Context(CPU, 0, original_macs=graph.macs(), original_params=graph.params(), data=data())
@@ -286,7 +288,93 @@ def test_pruning_comes_first() -> None:
     assert edits(graph).keys() >= {"plain", "small"}
     # Costs are those of the convolutions, whatever computes them.
     assert graph.macs() == narrow
-    with pytest.raises(GraphError, match="is a Winograd or quantized layer: prune before the convolutions are swapped"):
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantizers": "reference", "flex": "full"}, {"bits": None, "strided": True}])
+def test_pruning_behind_the_swap_removes_the_same_channels(settings: dict[str, Any], tmp_path: Path) -> None:
+    plain, model = net(), net()
+    before = ModelGraph(plain, (IMAGES[:2],))
+    context = Context(CPU, 0, original_macs=before.macs(), original_params=before.params(), data=data())
+    Magnitude(rate=0.5).apply(before, context)
+    graph, _ = swapped(model, **settings)
+    context = Context(CPU, 0, original_macs=graph.macs(), original_params=graph.params(), data=data())
+    Magnitude(rate=0.5).apply(graph, context)
+    assert context.equality is not None
+    assert context.equality.relative <= context.equality.tolerance
+    assert graph.macs() == before.macs()
+    kept = {n: m.weight.shape for n, m in plain.named_modules() if isinstance(m, nn.Conv2d)}
+    assert {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} == kept
+    layer = model.get_submodule("plain")
+    assert isinstance(layer, WinogradConv2d)
+    assert (layer.in_channels, layer.out_channels) == kept["plain"][1::-1]
+    # What is left of a quantized network computes what the swapped narrow one does, but for its ranges.
+    with torch.no_grad():
+        found = model(IMAGES)
+        assert found.isfinite().all()
+        if not settings.get("bits", 8):
+            torch.testing.assert_close(found, plain(IMAGES), rtol=1e-3, atol=1e-4)
+    artifact.save(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(artifact.load(tmp_path, base=Net())(IMAGES), found)
+
+
+def test_zeroed_filters_of_a_quantized_network_can_be_cut_exactly() -> None:
+    """Zeros stay zeros through every quantizer."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1, bias=False))
+    model.extend([nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)])
+    with torch.no_grad():
+        model[1].weight[2:5] = 0  # pyright: ignore
+    graph, context = swapped(model.eval(), tile=4)
+    with torch.no_grad():
+        expected = model(IMAGES)
+    context.original_macs, context.original_params = graph.macs(), graph.params()
+    RemoveZeroFilters().apply(graph, context)
+    assert model[1].weight.shape[0] == 5  # pyright: ignore
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"bits": None}, {}, {"tile": "direct"}])
+def test_grouped_and_shuffled_layers_are_swapped_too(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Structured sparsification first, Winograd behind it: the order of channels stays around the layer."""
+    model = net()
+    graph = ModelGraph(model, (IMAGES[:2],))
+    attach(model, graph.record)
+    order, other = (3, 1, 0, 2, 7, 5, 4, 6), (0, 2, 4, 6, 1, 3, 5, 7)
+    for name in ("plain", "point"):
+        graph.apply(Group(module=name, groups=2, rows=order, columns=other))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    swapped(model, **settings)
+    layer = model.get_submodule("plain")
+    assert isinstance(layer, QuantizedConv2d if settings.get("tile") == "direct" else WinogradConv2d)
+    assert layer.groups == 2
+    assert layer.gather is not None
+    with torch.no_grad():
+        found = model(IMAGES)
+        error = float((found - expected).norm() / expected.norm())
+        assert error < (1e-4 if "bits" in settings else 0.3)
+        assert torch.equal(folded(model)(IMAGES), found) or "bits" in settings
+        torch.testing.assert_close(plain_convolutions(model)(IMAGES), expected, rtol=1e-4, atol=1e-5)
+        if "bits" not in settings:
+            whole = integers(model)(IMAGES)
+            assert float((whole - found).norm() / found.norm()) < 0.1
+    artifact.save(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(artifact.load(tmp_path, base=Net())(IMAGES), found)
+
+
+def test_scales_per_channel_freeze() -> None:
+    model = net()
+    graph = ModelGraph(model, (IMAGES[:2],))
+    tapwise = Quantization.tapwise(8)
+    per_channel = Quantizer(bits=8, per="tap_channel")
+    settings = WinogradSettings(quantization=tapwise.model_copy(update={"weight_winograd": per_channel}))
+    graph.apply(Winograd(module="plain", settings=settings))
+    context = Context(CPU, 0, original_macs=graph.macs(), original_params=graph.params(), data=data())
+    with pytest.raises(
+        GraphError, match="plain has weights of the Winograd domain, masks, or scales per channel: prune"
+    ):
         Magnitude(rate=0.5).apply(graph, context)
 
 
@@ -356,6 +444,27 @@ def test_a_dilation_s_phases_are_maps_of_their_own(stride: int, dilation: int, s
     assert found.sides == sides
 
 
+def test_a_layer_on_several_maps_is_planned_by_the_largest() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(1, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            small = self.head(nn.functional.max_pool2d(x, 4))
+            return small.mean((2, 3)) + self.head(x).mean((2, 3))
+
+    (found,), _ = convolutions(ModelGraph(Pyramid().eval(), (IMAGES[:2],)))
+    assert (found.sides, found.others) == ((8, 8), ((2, 4, 2, 2),))
+    # Four tiles of the large map, and one of the small one.
+    assert found.multiplications(4) == 5 * 36 * 4
+    assert found.multiplications() == (64 + 4) * 9 * 4
+    model = Pyramid().eval()
+    expected = model(IMAGES)
+    swapped(model, exclude=(), bits=None)
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_are_called_by_name_are_found() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -392,6 +501,25 @@ def test_fewer_images_than_a_batch_are_none() -> None:
     with pytest.raises(TersenetError, match="at least a batch"):
         WinogradSwap().apply(ModelGraph(model, (IMAGES[:2],)), Context(CPU, 0, data=empty))
     assert type(model.get_submodule("plain")) is nn.Conv2d
+
+
+def test_before_training_ranges_are_those_of_batch_statistics() -> None:
+    """A network that was never trained has running statistics that say nothing."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(512, 10)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(0.05)  # pyright: ignore
+    largest: dict[str, float] = {}
+    for method in (WinogradSwap(), WinogradAware(fit=Fit(**FIT))):
+        own = copy.deepcopy(model)
+        graph = ModelGraph(own, (IMAGES[:2],))
+        method.apply(graph, Context(CPU, 0, data=data()))
+        largest[method.method] = float(own[2].quantizers["input"].range.abs().max())  # pyright: ignore
+        assert all(torch.equal(b, own[1].get_buffer(n)) for n, b in model[1].named_buffers())  # pyright: ignore
+        assert not own[1].training  # pyright: ignore
+    assert largest["winograd"] < 0.3
+    assert largest["winograd_aware"] > 1
 
 
 def test_a_swap_draws_no_random_numbers() -> None:

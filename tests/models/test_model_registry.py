@@ -15,7 +15,8 @@ def test_every_network_of_the_families_is_there() -> None:
     imagenet = {f"resnet{d}" for d in (18, 34, 50, 101, 152)}
     vgg = {f"vgg{d}{s}" for d in (11, 13, 16, 19) for s in ("", "_bn", "_bn_cifar")}
     winograd = {"winograd_resnet18", "lenet5", "squeezenet_cifar", "resnext20_8x16"}
-    assert set(ENTRIES) == cifar | preact | imagenet | vgg | winograd
+    sparse = {"vgg_nagadomi", "vgg_nagadomi_24", "convpool_cnn_c", "pool_resnet18"}
+    assert set(ENTRIES) == cifar | preact | imagenet | vgg | winograd | sparse
     assert all(name == found.name for name, found in ENTRIES.items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -145,8 +146,25 @@ def test_bad_input_is_refused_by_name() -> None:
         relu_fit("conv7", x[:0], y[:0])
     with pytest.raises(StatisticsError, match="target outputs of 'conv7'"):
         relu_fit("conv7", x, y / 0)
-    for arguments in ({"rank": 0}, {"rank": 2, "prior": weight}):
+    wrong: tuple[dict[str, Any], ...] = ({"rank": 0}, {"rank": 2, "prior": weight})
+    for arguments in wrong:
         with pytest.raises(ValueError, match="conv7"):
             relu_fit("conv7", x, y, **arguments)
     with pytest.raises(ValueError, match="conv7"):
         relu_fit("conv7", x[:5], y)
+
+
+def test_a_ridge_pulls_to_the_prior() -> None:
+    """Without a ReLU in play it is the ridge regression of `least_squares.fit`; a large one gives the prior."""
+    torch.manual_seed(0)
+    x, prior = torch.randn(40, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    y = x @ torch.randn(6, 3, dtype=torch.float64) + 50
+    moments = Moments("layer", 6, 3)
+    moments.add(x, y)
+    for ridge in (0.0, 0.3):
+        wanted = fit(moments, prior=prior, ridge=ridge)
+        found = relu_fit("layer", x, y, prior=prior, ridge=ridge)
+        torch.testing.assert_close(found.weight, wanted.weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(relu_fit("layer", x, y, prior=prior, ridge=1e6).weight, prior, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="layer"):
+        relu_fit("layer", x, y, ridge=0.1)

@@ -10,7 +10,7 @@ from fake_report import conv, measures, resnet56_curves, resnet56_report, small_
 
 from tersenet.report.curves import last_value, panels
 from tersenet.report.html import render
-from tersenet.results import Report, StepResult
+from tersenet.results import LayerFit, Report, StepResult
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -225,3 +225,13 @@ def test_panels_group_and_order_columns() -> None:
     assert found[1].lines["val_loss"][1] == (4, 1.0)
     assert panels([]) == []
     assert [point[0] for point in panels([{"loss": 1.0}, {"loss": 2.0}])[0].lines["loss"]] == [0, 1]
+
+
+def test_fitted_layers_are_in_the_step_that_fitted_them() -> None:
+    step = small_report().steps[0]
+    fits = [LayerFit(name="<b>conv", before=64, after=40, unfitted=0.5, error=0.256, output_error=0.125)]
+    page = render(small_report(steps=[step.model_copy(update={"fits": fits})]))
+    assert "&lt;b&gt;conv" in page
+    assert "25.6 %" in page
+    assert "12.5 %" in page
+    assert "Unfitted" not in render(small_report())

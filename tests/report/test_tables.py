@@ -5,7 +5,7 @@ from fake_report import conv, measures, resnet56_report, small_report
 
 from tersenet.report.summary import figures, flat, footnotes, headline, target_met
 from tersenet.report.tables import render_text
-from tersenet.results import Accuracy, Equality, StepResult
+from tersenet.results import Accuracy, Equality, LayerFit, StepResult
 
 
 def line(text: str, start: str) -> list[str]:
@@ -61,6 +61,22 @@ def test_measured_on_one_side_only() -> None:
     assert words(text, "Top-1") == ["Top-1", "not measured", "90.00 %"]
     assert words(text, "Latency  ") == ["Latency", "not measured", "0.500 ms"]
     assert headline(report) == "67.6 % fewer MACs, 66.0 % fewer parameters"
+
+
+FITS = [
+    LayerFit(name="conv[1]", before=64, after=40, unfitted=0.5, error=0.256, output_error=0.125),
+    LayerFit(name="<b>fc", what="rank", before=32, after=8),
+]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_fitted_layers_have_a_table(width: int) -> None:
+    step = small_report().steps[0]
+    text = render_text(small_report(steps=[step.model_copy(update={"fits": FITS})]), width)
+    assert words(text, "conv[1]") == ["conv[1]", "inputs", "64 -> 40", "50.0 %", "25.6 %", "12.5 %"]
+    assert words(text, "<b>fc") == ["<b>fc", "rank", "32 -> 8"]
+    assert all(len(one) <= width for one in text.splitlines())
+    assert "fitted" not in render_text(small_report(), width)
 
 
 def test_no_layers_and_no_steps() -> None:

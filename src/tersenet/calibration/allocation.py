@@ -10,18 +10,40 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tersenet.calibration.items import Costs, Counts
+from tersenet.calibration.items import Counts
 from tersenet.errors import TersenetError
 from tersenet.graph.budget import USED_UP, Rounding
 from tersenet.recipe_target import Target
 
 Curves = dict[str, NDArray[np.float64]]
 """Item -> (size + 1,) error with 0, 1, ... units left."""
+
+
+class Sized(Protocol):
+    """Something of which 1 to `size` units, or ranks, can be left."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+class Costs(Protocol):
+    """What the network costs with (items,) numbers left. It must not fall with any of them."""
+
+    @property
+    def items(self) -> Sequence[Sized]: ...
+
+    def __call__(self, left: NDArray[np.int64]) -> int: ...
+
+
 _LEVELS = 64
 _WELL_USED = 0.99  # share of a budget below which what is left of it is large
 

@@ -66,14 +66,14 @@ def _behind(graph: ModelGraph, uses: list[int]) -> tuple[tuple[str, int] | None,
     if len(uses) != 1:
         return None, None
     result = trace.ops[uses[0]].result
-    norm, reader = None, _next(graph, result)
+    norm, reader = None, next_operator(graph, result)
     if reader is not None and reader.name == "native_batch_norm" and not reader.args[5] and reader.args[0] == result:
         mean = reader.args[3]
         name = trace.slots[mean.slot].parameter if isinstance(mean, Ref) else None
         if name is not None and len(trace.readers[mean]) == 1:
             norm = (name.rpartition(".")[0], reader.number)
             result = reader.result[0]
-            reader = _next(graph, result)
+            reader = next_operator(graph, result)
     if reader is None or reader.name != "add" or not all(isinstance(a, Ref) for a in reader.args[:2]):
         return norm, None
     place = 1 if reader.args[0] == result else 0
@@ -82,7 +82,7 @@ def _behind(graph: ModelGraph, uses: list[int]) -> tuple[tuple[str, int] | None,
     return norm, None if same else (reader.number, place)
 
 
-def _next(graph: ModelGraph, result: Ref) -> Op | None:
+def next_operator(graph: ModelGraph, result: Ref) -> Op | None:
     """The operator that alone reads a tensor: the first, where it works in place and others see what it made of it."""
     readers = graph.trace.readers.get(result, [])
     if not readers or (readers[0].result != result and (len(readers) > 1 or result in refs_in(graph.trace.outputs))):

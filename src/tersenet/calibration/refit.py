@@ -127,7 +127,7 @@ def refit(
         columns = channel_columns(kept, part.taps)
         prior = part.weight[:, kept.to(weight.device)].flatten(1)
         seen = part.moments.rows // (1 if has_intercept(graph.model, reader) else 2)
-        done = fit(part.moments, columns, prior=prior, ridge=_ridge(seen, len(columns)))
+        done = fit(part.moments, columns, prior=prior, ridge=ridge_of(seen, len(columns)))
         rows, chosen = left[part.group], usable[part.group]
         within = chosen[rows]
         fitted = torch.zeros_like(part.weight)
@@ -144,11 +144,11 @@ def refit(
         notices += [done.notice] if done.notice else []
     with torch.no_grad():
         weight.copy_(new.view(weight.shape))
-        _shift(graph, reader, module, usable.flatten(), mean.flatten(), variance.flatten(), target.flatten())
+        set_means(graph, reader, module, usable.flatten(), mean.flatten(), variance.flatten(), target.flatten())
     return (missed / energy if energy else 0.0), notices
 
 
-def _ridge(rows: int, inputs: int) -> float:
+def ridge_of(rows: int, inputs: int) -> float:
     """The pull to the old weights, in units of the inputs' mean sum of squares.
 
     With few rows for each input, least squares follow what is peculiar to these images.
@@ -156,7 +156,7 @@ def _ridge(rows: int, inputs: int) -> float:
     return _PULL * inputs / rows if rows < _ROWS_EACH * inputs else 0.0
 
 
-def _shift(
+def set_means(
     graph: ModelGraph, reader: Reader, module: nn.Module, usable: Tensor, mean: Tensor, variance: Tensor, target: Tensor
 ) -> None:
     """Make the outputs' means those that were wanted: by the bias, or by the batch norm behind.

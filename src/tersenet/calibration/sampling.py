@@ -13,8 +13,10 @@ harm.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +24,28 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.calibration.readers import Reader, outputs_left, through_norm
+from tersenet.calibration.resume import Reached, Resumed
 from tersenet.data.bundle import Loader, first_tensor
 from tersenet.errors import TersenetError
 from tersenet.graph.labels import NDArrayBool
 from tersenet.graph.model import ModelGraph
-from tersenet.graph.replay import Action, over_kept, replay
+from tersenet.graph.replay import Action, over_kept
 from tersenet.ops.gram import Moments
 from tersenet.ops.rows import conv_rows, draw_positions, output_rows
 from tersenet.train.batch import move
 
+_OTHERS = 128  # images kept for measuring
+
 Statistics = list[Moments | None]
 """One for each group of a convolution; None where none of its outputs is left."""
-
-
-class _Enough(Exception):
-    """Everything wanted of this batch was seen."""
 
 
 @dataclass
 class Images:
     """The first `images` training images of epoch 0 and `positions` of each layer's outputs for each of them.
 
-    Both follow from `seed` and are the same in every pass.
+    Both follow from `seed` and are the same in every pass. They are loaded once, and then come from files that are
+    deleted with the object.
     """
 
     loader: Loader
@@ -51,6 +53,9 @@ class Images:
     positions: int
     seed: int
     device: torch.device
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False, repr=False)
+    _count: int = field(default=0, init=False)
+    _others: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]], init=False, repr=False)
 
     def batches(self) -> Iterator[tuple[Any, ...]]:
         """Inputs of the network, at most `images` of them.
@@ -58,38 +63,93 @@ class Images:
         Raises:
             TersenetError: batches of named inputs.
         """
-        left = self.images
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            for inputs, _ in self.loader.batches(0):
-                if isinstance(inputs, dict):
-                    raise TersenetError("calibration takes batches of one tensor or of several in order, not a dict")
-                several = inputs if isinstance(inputs, (list, tuple)) else [inputs]
-                yield tuple(move([x[:left] for x in several], self.device))
-                left -= len(first_tensor(inputs))
-                if left <= 0:
-                    return
+        folder = self._load()
+        for number in range(self._count):
+            yield torch.load(Path(folder) / f"{number}.pt", map_location=self.device, weights_only=True)
+
+    def others(self, count: int) -> list[tuple[Any, ...]]:
+        """At most `count` (128) training images that are not among `batches`; of those where there are no more."""
+        self._load()
+        return list(_first(self._others or self.batches(), count))
 
     def seen(self) -> int:
         """How many there are."""
         return min(self.images, self.loader.n)
 
+    def _load(self) -> str:
+        """The folder of the files."""
+        if self._folder is not None:
+            return self._folder.name
+        folder = tempfile.TemporaryDirectory(prefix="tersenet-")
+        count, left, others = 0, self.images, list[tuple[Any, ...]]()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for inputs, _ in self.loader.batches(0):
+                if isinstance(inputs, dict):
+                    raise TersenetError("calibration takes batches of one tensor or of several in order, not a dict")
+                several = tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)
+                if left > 0:
+                    # Copies: a slice would be saved with all that it is a part of.
+                    torch.save(tuple(x[:left].clone() for x in several), Path(folder.name) / f"{count}.pt")
+                    count += 1
+                if len(first_tensor(several)) > left:
+                    others.append(tuple(move([x[max(left, 0) : left + _OTHERS] for x in several], self.device)))
+                left -= len(first_tensor(several))
+                if left <= -_OTHERS:
+                    break
+        self._folder, self._count, self._others = folder, count, others
+        return folder.name
+
+
+def _first(batches: Iterable[tuple[Any, ...]], count: int) -> Iterator[tuple[Any, ...]]:
+    for batch in batches:
+        yield tuple(x[:count] for x in batch)
+        count -= len(first_tensor(batch))
+        if count <= 0:
+            return
+
 
 def statistics(
-    graph: ModelGraph, targets: Targets | None, readers: Sequence[Reader], images: Images, gone: NDArrayBool
+    graph: ModelGraph,
+    targets: Targets | None,
+    readers: Sequence[Reader],
+    images: Images,
+    gone: NDArrayBool,
+    resumed: Resumed | None = None,
 ) -> dict[int, Statistics]:
     """End of each reader -> the moments of what it reads in `graph.model` and of what it should give.
 
-    One pass over the images, up to the last of the readers. Without `targets` the network as it is says what is wanted.
+    One pass over the images, from where `resumed` stands up to the last of the readers. Without `targets` the network
+    as it is says what is wanted.
 
     Raises:
         StatisticsError: values that are not finite, with the layer's name.
         GraphError: a network that runs other operators on these images than on its example.
     """
     found = {reader.end: _empty(graph, reader, gone) for reader in readers}
+    for reader, x, wanted in rows(graph, targets, readers, images, gone, resumed):
+        _add(graph, reader, found[reader.end], x, wanted, gone)
+    return found
+
+
+def rows(
+    graph: ModelGraph,
+    targets: Targets | None,
+    readers: Sequence[Reader],
+    images: Images,
+    gone: NDArrayBool,
+    resumed: Resumed | None = None,
+) -> Iterator[tuple[Reader, Tensor, Tensor]]:
+    """What `statistics` sums up, batch by batch: a reader, (N, inputs) rows of what it reads, (N, O) of what it should
+    give, behind its batch norm.
+
+    Raises:
+        GraphError: a network that runs other operators on these images than on its example.
+    """
+    resumed = resumed or Resumed(graph, images.batches)
     for number, batch in enumerate(images.batches()):
         read = _Seen(graph, readers, _Places(images, number, batch), outputs=targets is None)
-        read.run(graph.model, batch, over_kept(graph, gone))
+        read.run(resumed, number, batch, over_kept(graph, gone))
         for reader in readers:
             for use in reader.uses:
                 if targets is None:
@@ -99,8 +159,7 @@ def statistics(
                     if other is not None:
                         # First the difference: equal shortcuts leave the target as it is, to the bit.
                         wanted = wanted + (other - read.others[use])
-                _add(graph, reader, found[reader.end], read.inputs[use], wanted, gone)
-    return found
+                yield reader, read.inputs[use], wanted
 
 
 class Targets:
@@ -111,9 +170,10 @@ class Targets:
 
     def __init__(self, graph: ModelGraph, readers: Sequence[Reader], images: Images) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tersenet-")
+        resumed = Resumed(graph, images.batches)
         for number, batch in enumerate(images.batches()):
             seen = _Seen(graph, readers, _Places(images, number, batch), inputs=False)
-            seen.run(graph.model, batch)
+            seen.run(resumed, number, batch, {})
             for reader in readers:
                 for use in reader.uses:
                     wanted = _behind_norm(graph.model, reader, seen.outputs[use])
@@ -199,18 +259,16 @@ class _Seen:
             if reader.sum is not None:
                 self.actions[reader.sum[0]] = self._sum(reader, self.actions.get(reader.sum[0]))
 
-    def run(self, model: nn.Module, batch: tuple[Any, ...], others: Mapping[int, Action] | None = None) -> None:
+    def run(self, resumed: Resumed, number: int, batch: tuple[Any, ...], others: Mapping[int, Action]) -> None:
         """As far as it has to; `others` are what else is done in place of operators."""
         before = self.actions[self.last]
 
         def stop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before(func, args, kwargs)
-            raise _Enough
+            raise Reached
 
-        try:
-            replay(model, self.graph.trace, batch, {**(others or {}), **self.actions, self.last: stop})
-        except _Enough:
-            return
+        with suppress(Reached):
+            resumed.run(number, batch, {**others, **self.actions, self.last: stop})
 
     def _layer(self, reader: Reader, use: int) -> Action:
         argument = self.graph.ends[reader.end].reads_argument
@@ -219,23 +277,25 @@ class _Seen:
         apart = apart if self.graph.trace.ops[use].name == "mm" else None
 
         def look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            result: Tensor = func(*args, **kwargs)
+            # The last layer's result is not used where the outputs are known: its shape will do.
+            idle = use == self.last and not self.keeps_outputs
+            result: Tensor = _on_meta(func, args, kwargs) if idle else func(*args, **kwargs)
             x: Tensor = args[argument].detach()
             if result.dim() == 2:
                 most = self.places.images.positions * self.places.count
                 rows = self.places.of(use, 1, len(x), most)[0].to(x.device)
-                x, y = x[rows], result.detach()[rows]
-                y = y if apart is None else y + apart.detach()
+                x = x[rows]
+                if self.keeps_outputs:
+                    y = result.detach()[rows]
+                    self.outputs[use] = y if apart is None else y + apart.detach()
             else:
-                flat = result.detach().flatten(2)[:, :, None]
-                at = self.places.of(use, len(x), flat.shape[3], self.places.images.positions)
-                y = output_rows(flat, at)
+                at = self.places.of(use, len(x), prod(result.shape[2:]), self.places.images.positions)
+                if self.keeps_outputs:
+                    self.outputs[use] = output_rows(result.detach().flatten(2)[:, :, None], at)
                 if self.keeps_inputs:
                     x = _conv_inputs(x, args, at)
             if self.keeps_inputs:
                 self.inputs[use] = x
-            if self.keeps_outputs:
-                self.outputs[use] = y
             return result
 
         return look
@@ -250,6 +310,10 @@ class _Seen:
             return func(*args, **kwargs) if inner is None else inner(func, args, kwargs)
 
         return look
+
+
+def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs)
 
 
 def _conv_inputs(x: Tensor, args: tuple[Any, ...], at: Tensor) -> Tensor:

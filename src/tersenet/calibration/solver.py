@@ -6,7 +6,7 @@ The network keeps its shape while that is done: removed channels are zero everyw
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,25 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tersenet.calibration.choose import Choice, Selection, choose
 from tersenet.calibration.items import Counts, Item
+from tersenet.calibration.outputs import Outputs
 from tersenet.calibration.readers import Reader, units_read
 from tersenet.calibration.refit import plain_error, refit
-from tersenet.calibration.sampling import Images, Statistics, Targets, statistics
-from tersenet.data.bundle import first_tensor
+from tersenet.calibration.resume import Resumed
+from tersenet.calibration.sampling import Images, Statistics, Targets, rows, statistics
 from tersenet.data.order import generator
 from tersenet.graph.compact import mask, silence
 from tersenet.graph.labels import IntArray, NDArrayBool
 from tersenet.graph.model import ModelGraph
-from tersenet.graph.precision import full_float32
-from tersenet.graph.replay import over_kept, replay
-from tersenet.graph.trace import running, tensors_in
+from tersenet.graph.replay import over_kept
+from tersenet.progress import Progress
+from tersenet.results import LayerFit
 from tersenet.train import distributed
-from tersenet.train.batch import forward
-
-_PROBE = 128  # images on which outputs are compared
 
 
 @dataclass
@@ -43,48 +40,106 @@ class Solver:
     images: Images
     selection: Selection
     reconstruct: bool
+    progress: Progress = field(default_factory=Progress)
     gone: NDArrayBool = field(init=False)
     kept: dict[str, IntArray] = field(default_factory=dict[str, IntArray])
+    fits: list[LayerFit] = field(default_factory=list[LayerFit])
     notes: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         self.gone = np.zeros(int(self.graph.units.of.max()) + 1, dtype=bool)
         self._sampled: dict[int, NDArrayBool] = {}
         self._targets: Targets | None = None
-        self._probe = self._first_images()
-        self._wanted = self._run(self.graph.model)
+        self._resumed = Resumed(self.graph, self.images.batches)
+        self.outputs = Outputs(self.graph, self.images, self.gone)
 
-    def run(self, items: Sequence[Item], readers: Sequence[Reader], left: Counts) -> None:
+    def run(self, items: Sequence[Item], readers: Sequence[Reader], left: Counts, part: str = "solved") -> None:
         """Remove all but `left` units of every item. Fit every layer that has lost inputs, and all behind the first
-        loss for which there are rows enough."""
+        loss for which there are rows enough. What `progress` has under the name `part` is taken from there."""
         if self.selection == "lasso" or self.reconstruct:
             self._targets = Targets(self.graph, readers, self.images)
         shrinking = [item for item in items if left[item.name] < item.size]
         for item in shrinking:
             if not item.readers:
-                self.remove(item, self.choice(item, {}), left[item.name])
-        for reader in readers:
+                self.remove(item, self.choice(item, {}).kept(left[item.name]))
+        self.start()
+        for place, reader in enumerate(readers):
             waiting = [i for i in shrinking if reader in i.readers and i.name not in self.kept]
-            known: dict[int, Statistics] = {}
-            if waiting and (self.selection == "lasso" or self.reconstruct):
-                wanted = {r.end: r for item in waiting for r in item.readers}
-                known = self.statistics(list(wanted.values()) if self.selection == "lasso" else [reader])
-            for item in waiting:
-                self.remove(item, self.choice(item, known), left[item.name])
-            if self.left_out(reader).any() or (self.kept and self._determined(reader)):
-                self._fit(reader, known if len(known) == 1 else {}, waiting)
+            done = self.progress.get(f"{part} {place}")
+            if done is not None:
+                self._restore(reader, waiting, done)
+                continue
+            self.advance([i for i in shrinking if i.name not in self.kept], readers[place:])
+            fits, notes = len(self.fits), len(self.notes)
+            self._solve(reader, waiting, left)
+            done = {
+                "kept": {item.name: torch.from_numpy(self.kept[item.name]) for item in waiting},
+                "tensors": [t.detach().clone() for t in self.tensors(reader)],
+                "fits": [fit.model_dump() for fit in self.fits[fits:]],
+                "notes": self.notes[notes:],
+            }
+            self.progress.put(f"{part} {place}", done)
+
+    def _solve(self, reader: Reader, waiting: list[Item], left: Counts) -> None:
+        """Remove what goes of the items for which this is the first reader, and fit it."""
+        known: dict[int, Statistics] = {}
+        if waiting and (self.selection == "lasso" or self.reconstruct):
+            wanted = {r.end: r for item in waiting for r in item.readers}
+            known = self.statistics(list(wanted.values()) if self.selection == "lasso" else [reader])
+        for item in waiting:
+            self.remove(item, self.choice(item, known).kept(left[item.name]))
+        if self.left_out(reader).any() or (self.kept and self.determined(reader)):
+            self._fit(reader, known if len(known) == 1 else {}, waiting)
+
+    def _restore(self, reader: Reader, waiting: list[Item], done: dict[str, Any]) -> None:
+        for item in waiting:
+            self.remove(item, done["kept"][item.name])
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors(reader), done["tensors"], strict=True):
+                tensor.copy_(value)
+        self.fits += [LayerFit.model_validate(fit) for fit in done["fits"]]
+        self.notes += done["notes"]
+
+    def changing_from(self, items: Sequence[Item], readers: Sequence[Reader] = ()) -> int:
+        """The first operator that choosing and fitting these can change."""
+        ends = [m.end for item in items if item.group is not None for m in item.group.members]
+        ends += [reader.end for item in items for reader in item.readers] + [reader.end for reader in readers]
+        return min((use for end in ends for use in self.graph.ends[end].uses), default=0)
+
+    def start(self) -> None:
+        """Run from the beginning again."""
+        self._resumed = Resumed(self.graph, self.images.batches)
+        self.outputs.restart()
+
+    def advance(self, items: Sequence[Item], readers: Sequence[Reader]) -> None:
+        """Before these are chosen and fitted: what none of that can change is run once."""
+        self._resumed.advance(self.changing_from(items, readers), over_kept(self.graph, self.gone))
+        self.advance_probe(items, readers)
+
+    def advance_probe(self, items: Sequence[Item], readers: Sequence[Reader] = ()) -> None:
+        """Before trials of these: what none of them can change is run once."""
+        self.outputs.advance(self.changing_from(items, readers), self.gone)
 
     def choice(self, item: Item, known: dict[int, Statistics]) -> Choice:
         drawn = generator("channels", self.images.seed, item.name)
         return choose(self.graph, item, known, self.selection, self.gone, drawn)
 
+    def use(self, targets: Targets) -> None:
+        """From now on what is wanted is read there."""
+        self._targets = targets
+
+    def rows(self, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `statistics` sums up for one reader: rows of what it reads and of what it should give."""
+        seen = rows(self.graph, self._targets, [reader], self.images, self.gone, self._resumed)
+        return ((x, wanted) for _, x, wanted in seen)
+
     def statistics(self, readers: Sequence[Reader]) -> dict[int, Statistics]:
         """Of the network as it is and of what is wanted of it; before the run, that is what it gives."""
-        return statistics(self.graph, self._targets, readers, self.images, self.gone)
+        return statistics(self.graph, self._targets, readers, self.images, self.gone, self._resumed)
 
-    def remove(self, item: Item, choice: Choice, count: int) -> None:
-        """Zero what is not kept of an item. Every process removes what the first one chose."""
-        places = choice.kept(count).cpu()
+    def remove(self, item: Item, places: Tensor) -> None:
+        """Zero all units of an item but those at `places`. Every process removes what the first one chose."""
+        places = places.cpu()
         distributed.broadcast([places])
         kept = places.numpy()
         self.kept[item.name] = kept
@@ -134,39 +189,28 @@ class Solver:
                     tensor.copy_(value)
 
     def damage(self) -> float:
-        """How far the outputs are from the original's: the mean divergence of their softmax for logits (N, C), else
-        the share of their variance that is missed."""
-        now = self._run(self.graph.model)
-        classes = len(now) == 1 and now[0].dim() == 2 and now[0].shape[1] > 1
-        if classes:
-            p, q = F.log_softmax(self._wanted[0], 1), F.log_softmax(now[0], 1)
-            return float((p.exp() * (p - q)).sum(1).mean())
+        """The share of the outputs' variance that is missed. Of several losses together it is about the sum."""
         return self.output_error() ** 2
 
     def output_error(self) -> float:
         """The difference of the outputs from the original's, as a share of their deviation (root mean square)."""
-        now = self._run(self.graph.model)
-        missed = sum(float((a - b).square().sum()) for a, b in zip(now, self._wanted, strict=True))
-        whole = sum(float((b - b.mean(0)).square().sum()) for b in self._wanted)
-        return (missed / max(whole, 1e-30)) ** 0.5
+        return self.outputs.error(self.gone)
 
     def _fit(self, reader: Reader, known: dict[int, Statistics], waiting: list[Item]) -> None:
         lost, whole = int(self.left_out(reader).sum()), self.left_out(reader).size
+        entry = LayerFit(name=reader.layer, before=whole, after=whole - lost)
+        self.fits.append(entry)
         if not self.reconstruct:
-            self.notes.append(f"{reader.layer}: {whole - lost} of {whole} inputs left, weights as they were")
             return
         # A mean over channels, such as a layer norm's, has changed with those that went since then.
         found = known.get(reader.end) if waiting and not self.graph.found.statistics else None
         found = self.statistics([reader])[reader.end] if found is None else found
-        before = plain_error(self.graph, reader, found, list(self.left_out(reader)), self.gone)
+        entry.unfitted = plain_error(self.graph, reader, found, list(self.left_out(reader)), self.gone) ** 0.5
         error, notices = self.fit(reader, found)
-        self.notes.append(
-            f"{reader.layer}: {whole - lost} of {whole} inputs left, response error {error**0.5:.2%} "
-            f"({before**0.5:.2%} before the fit), error of the network's output {self.output_error():.2%}"
-        )
+        entry.error, entry.output_error = error**0.5, self.output_error()
         self.notes += notices
 
-    def _determined(self, reader: Reader) -> bool:
+    def determined(self, reader: Reader) -> bool:
         """Whether there are rows enough to fit a layer that has lost nothing itself, to what earlier ones have lost."""
         linear = isinstance(self.graph.model.get_submodule(reader.layer), nn.Linear)
         shapes = [self.graph.trace.slots[self.graph.trace.ops[use].result.slot].shape for use in reader.uses]
@@ -179,23 +223,3 @@ class Solver:
     def _drop_inputs(self, reader: Reader) -> None:
         weight = self.graph.model.get_parameter(f"{reader.layer}.weight").detach()
         weight[:, torch.from_numpy(np.flatnonzero(self._sampled[reader.end][0])).to(weight.device)] = 0
-
-    def _first_images(self) -> list[tuple[Any, ...]]:
-        probe: list[tuple[Any, ...]] = []
-        left = _PROBE
-        for batch in self.images.batches():
-            probe.append(tuple(x[:left] for x in batch))
-            left -= len(first_tensor(batch))
-            if left <= 0:
-                break
-        return probe
-
-    def _run(self, model: nn.Module) -> list[Tensor]:
-        with running(model), full_float32():
-            actions = over_kept(self.graph, self.gone)
-            outputs = [
-                tensors_in(replay(model, self.graph.trace, batch, actions) if actions else forward(model, batch))
-                for batch in self._probe
-            ]
-        floating = [[x.detach().double() for x in batch if x.is_floating_point()] for batch in outputs]
-        return [torch.cat(parts) for parts in zip(*floating, strict=True)]

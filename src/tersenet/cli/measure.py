@@ -9,15 +9,18 @@ import typer
 
 from tersenet.cli import options
 from tersenet.cli.console import columns, examples, note_random_weights, show
+from tersenet.errors import TersenetError
 
 if TYPE_CHECKING:
     from tersenet.measuring.macs import LayerCost
     from tersenet.measuring.winograd_table import WinogradTable
+    from tersenet.measuring.workload import Workload
     from tersenet.results import Measures
 
 EXAMPLES = examples(
     "tersenet measure resnet56",
     "tersenet measure runs/r56/model --layers",
+    "tersenet measure runs/sparse/model --workload --data cifar10:DIR",
     "tersenet measure timm:resnet18",
     "tersenet measure my_package.nets:make --input 3x224x224 --json",
 )
@@ -31,9 +34,22 @@ def measure(
     layers: Annotated[
         bool, typer.Option("--layers", help="One row per convolution and linear layer; Winograd layers once more.")
     ] = False,
+    workload: Annotated[
+        bool,
+        typer.Option(
+            "--workload", help="Multiplications where zero weights and activations of sparse layers count not."
+        ),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="NAME[:DIR]", help="Of --workload: test images in place of noise."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Images that --workload counts on.")] = 100,
     as_json: options.JsonOption = False,
 ) -> None:
     """Parameters, MACs, bytes, peak memory and latency of one image."""
+    if data is not None and not workload:
+        raise TersenetError("--data is for --workload, which counts on images: give both")
     sizes = options.input_sizes(shapes)
     from tersenet import api
     from tersenet.measuring.macs import layer_table
@@ -43,6 +59,7 @@ def measure(
     found = api.measure(network, example)
     table = layer_table(network, example) if layers else {}
     winograd = winograd_table(network, example) if layers else None
+    counted = api.workload(network, data, samples) if workload else None
     document = {
         "model": model,
         "input": list(example[0].shape),
@@ -50,9 +67,11 @@ def measure(
         **found.model_dump(mode="json"),
         **({"layers": {name: vars(cost) for name, cost in table.items()}} if layers else {}),
         **({"winograd": asdict(winograd)} if winograd is not None else {}),
+        **({"workload": {"data": data or "noise", **counted.document()}} if counted is not None else {}),
     }
     note_random_weights(model, weights)
-    show(document, lambda: "\n\n".join(filter(None, (describe(found), _layers(table), _winograd(winograd)))), as_json)
+    parts = describe(found), _layers(table), _winograd(winograd), _workload(counted, data)
+    show(document, lambda: "\n\n".join(filter(None, parts)), as_json)
 
 
 def describe(found: Measures) -> str:
@@ -112,3 +131,32 @@ def _winograd(table: WinogradTable | None) -> str:
     totals = (("in the table", table.in_table), ("all", table.parameters), ("trainable", table.trainable))
     lines = [f"parameters, {name + ':':<13} {count / 1000:,.3f} k" for name, count in totals]
     return "\n".join([columns(head, rows), *lines])
+
+
+def _workload(found: Workload | None, data: str | None) -> str:
+    """One row per layer, and totals: of the layers with a mask or in the Winograd domain, and of the network."""
+    if found is None:
+        return ""
+    rows = [
+        (
+            row.name,
+            row.kind,
+            f"{row.weight_density:.3f}",
+            f"{row.activation_density:.3f}",
+            *(f"{round(value):,}" for value in (row.dense, row.exact, row.by_means)),
+            *("-" if value is None else f"{round(value):,}" for value in (row.spatial, row.native)),
+        )
+        for row in found.rows
+    ]
+    names = ("dense", "exact", "by_means", "spatial", "native")
+    for title, only in (("sparse layers", True), ("all layers", False)):
+        rows.append((title, "", "", "", *(f"{round(found.total(name, only)):,}" for name in names)))
+    head = ("LAYER", "KIND", "WEIGHTS", "ACTIVATIONS", "DENSE", "EXACT", "BY MEANS", "SPATIAL", "NATIVE")
+    where = f"test images of {data}" if data else "images of noise: give --data for activations that mean something"
+    lines = [columns(head, rows), f"multiplications per image, counted on {found.images} {where}"]
+    if any(row.kind != "dense" for row in found.rows):
+        fewer = [found.total("dense", only) / found.total("exact", only) for only in (True, False)]
+        lines.append(f"{fewer[0]:.2f} times fewer than dense in the sparse layers, {fewer[1]:.2f} in all")
+    else:
+        lines.append("no layer has a mask or its weight in the Winograd domain: see the method sparse_winograd")
+    return "\n".join(lines)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tersenet.cli import options
 from tersenet.cli.console import columns, examples, show
 from tersenet.cli.options import JsonOption
 from tersenet.errors import TersenetError
@@ -16,6 +18,11 @@ INFO_EXAMPLES = examples(
     "tersenet winograd info F4",
     "tersenet winograd info 'F(4,5)' --points lavin",
     "tersenet winograd info F2 --points 0,1/2,-1/2 --json",
+)
+
+LATENCY_EXAMPLES = examples(
+    "tersenet winograd latency resnet20 --out table.json",
+    "tersenet winograd latency timm:resnet18 --input 3x224x224 --bits 8 --bits 16 --out table.json",
 )
 
 app = typer.Typer(help="Winograd's minimal filtering F(m, r).", no_args_is_help=True)
@@ -44,6 +51,43 @@ def info(
     }
     facts = describe(found) | {"relative_error": errors}
     show(facts, lambda: _text(found, facts), as_json)
+
+
+@app.command(epilog=LATENCY_EXAMPLES)
+def latency(
+    model: options.ModelArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The table to write, .json.", show_default=False)],
+    bits: Annotated[
+        list[int] | None, typer.Option("--bits", min=2, max=32, help="Beside floating point; again for more.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 1,
+    weights: options.WeightsOption = None,
+    base: options.BaseOption = None,
+    shapes: options.InputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what each convolution of a network costs on this machine: the table that `winas` chooses by."""
+    if out.suffix != ".json":
+        raise TersenetError(f"{out} must end in .json")
+    from tersenet import api
+
+    network, example = api.open_example(model, weights, base, sizes=options.input_sizes(shapes), batch=2)
+    table = api.latency_table(network, example, bits=(None, *(bits or ())), batch=batch)
+    table.save(out)
+    rows = [
+        (
+            "x".join(map(str, row.shape.kernel)),
+            f"{row.shape.in_channels} -> {row.shape.out_channels}",
+            "x".join(map(str, row.shape.map)),
+            "direct" if row.tile == "direct" else f"F{row.tile}",
+            "float" if row.bits is None else str(row.bits),
+            f"{row.ms:.3f}",
+            row.kernel,
+        )
+        for row in table.rows
+    ]
+    head = ("KERNEL", "CHANNELS", "MAP", "TILE", "BITS", "MS", "TIMED")
+    show(table.model_dump(mode="json"), lambda: f"{columns(head, rows)}\n\n{out} written", as_json)
 
 
 def parse_name(name: str) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """A network in a folder: `model.json` (base, arguments, edits) and `model.safetensors`. Never a pickle.
 
+Weights that are mostly zero behind a mask are kept without their zeros.
+
 Loading builds the base on `meta`, replays the edits and assigns the tensors. A file from a stranger can fail with a
 clear error; it can't run code, allocate memory by a forged shape, or reach outside its folder.
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from tersenet import atomic
 from tersenet.errors import ArtifactError, TersenetError
+from tersenet.exporting.compact_weights import packed, unpacked
 from tersenet.graph.edits import Budget
 from tersenet.graph.record import Record, attach, record_of
 from tersenet.models.registry import in_zoo
@@ -79,7 +82,7 @@ def save(model: nn.Module, folder: Path | str) -> Path:
     # Clones, since the format refuses tensors that share memory. By way of bytes, since the library's own file would
     # be readable by its owner alone, and a full disk an error of its own kind.
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in _own(model)}
-    data = to_bytes(tensors, metadata={"format": "pt"})
+    data = to_bytes(packed(model, tensors), metadata={"format": "pt"})
     manifest = Manifest(record=record, sha256=hashlib.sha256(data).hexdigest(), record_sha256=_digest(record))
     try:
         atomic.write_bytes(new, data)
@@ -108,6 +111,7 @@ def load(folder: Path | str, base: nn.Module | None = None) -> nn.Module:
         model = _skeleton(manifest.record, base, folder)
         # Copies lie where torch aligns them. In the mapped file they do not, and kernels then round differently.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        tensors = unpacked(model, tensors, str(path))
         _assign(model, tensors, path)
     except ArtifactError:
         raise

@@ -13,14 +13,18 @@ from torch.export import ExportedProgram
 
 from tersenet import atomic
 from tersenet.errors import GraphError, TersenetError
+from tersenet.exporting.deploy import Quantized, deployed
 from tersenet.graph.trace import evaluating
 
 
-def export_program(model: nn.Module, path: Path | str, example: tuple[Any, ...]) -> Path:
+def export_program(
+    model: nn.Module, path: Path | str, example: tuple[Any, ...], quantized: Quantized = "folded"
+) -> Path:
     """Write `model` to `path` (.pt2), for any batch size; load it with `torch.export.load(path).module()`.
 
     Args:
         example: the inputs of one forward pass; the first axis of every tensor is the batch.
+        quantized: see `export_onnx`; here rounding is spelled out in torch's operators.
 
     Raises:
         TersenetError: another file ending, a full disk.
@@ -29,7 +33,7 @@ def export_program(model: nn.Module, path: Path | str, example: tuple[Any, ...])
     path = Path(path)
     if path.suffix != ".pt2":
         raise TersenetError(f"export to {path.name!r}: the file must end in .pt2 (a torch ExportedProgram) or .onnx")
-    program = exported(model, batches(example))
+    program = exported(deployed(model, quantized), batches(example))
     # By way of memory, since torch reports a full disk as an error of its own kind.
     buffer = io.BytesIO()
     torch.export.save(program, buffer)

@@ -14,6 +14,7 @@ from tersenet.graph.edits import Quantize, Winograd
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.select import POSITIONS
 from tersenet.graph.trace import evaluating
+from tersenet.nn.group_shuffle import GroupShuffleConv2d
 from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d
 from tersenet.nn.winograd_quantizer import directly
@@ -24,11 +25,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution that ran. `outputs` is the shape (N, C, H, W) of its first pass."""
+    """A convolution that ran. `outputs` is the shape (N, C, H, W) of its largest output, by which its tile is chosen;
+    `others` are those of further passes, such as of a head that runs on every map of a pyramid."""
 
     name: str
     module: nn.Conv2d
     outputs: tuple[int, ...]
+    others: tuple[tuple[int, ...], ...] = ()
 
     @property
     def taps(self) -> int:
@@ -38,17 +41,25 @@ class Convolution:
     @property
     def sides(self) -> tuple[int, ...]:
         """Height and width of the map that tiles are cut from: of a dilation, each phase's."""
-        return tuple(-(-size // d) for size, d in zip(self.outputs[2:], self._phases, strict=True))
+        return self._sides(self.outputs)
 
     def multiplications(self, tile: int | None = None) -> int:
-        """Products per image: of F(tile, r), tiles beyond the map's border included; None is the direct convolution."""
+        """Products per image in all passes: of F(tile, r), tiles beyond the map's border included; None is the direct
+        convolution."""
         conv = self.module
         channels = conv.in_channels // conv.groups * conv.out_channels
+        maps = (self.outputs, *self.others)
         if tile is None:
-            return prod(self.outputs[2:]) * prod(conv.kernel_size) * channels
+            return sum(prod(outputs[2:]) for outputs in maps) * prod(conv.kernel_size) * channels
         strides = prod(self._geometry(tile).axis(axis)[1] for axis in (0, 1))
-        tiles = prod(d * -(-side // tile) for side, d in zip(self.sides, self._phases, strict=True))
+        tiles = sum(
+            prod(d * -(-side // tile) for side, d in zip(self._sides(outputs), self._phases, strict=True))
+            for outputs in maps
+        )
         return tiles * (tile + self.taps - 1) ** 2 * strides * channels
+
+    def _sides(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(-(-size // d) for size, d in zip(outputs[2:], self._phases, strict=True))
 
     def hindrance(self, strided: bool) -> str | None:
         """Why it can't, or should not, be a Winograd layer; None if it can."""
@@ -82,21 +93,28 @@ class Convolution:
         return Geometry(tile, kernel, stride, dilation=dilation, groups=conv.groups)
 
 
-def convolutions(graph: ModelGraph) -> tuple[list[Convolution], dict[str, str]]:
-    """The plain convolutions, in the order in which they run; and those that stay out of it, with the reason."""
+def convolutions(graph: ModelGraph, *, grouped: bool = False) -> tuple[list[Convolution], dict[str, str]]:
+    """The plain convolutions, in the order in which they run; and those that stay out of it, with the reason.
+
+    grouped: with those that structured sparsification made groups of.
+    """
     found: dict[str, Convolution] = {}
     left: dict[str, str] = {}
 
     def see(name: str, module: nn.Conv2d) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            found.setdefault(name, Convolution(name, module, tuple(output.shape)))
+            before = found.get(name)
+            passes = [tuple(output.shape)] if before is None else [before.outputs, *before.others, tuple(output.shape)]
+            largest = max(passes, key=prod)
+            passes.remove(largest)
+            found[name] = Convolution(name, module, largest, tuple(passes))
 
         return module.register_forward_hook(hook)
 
     handles: list[Any] = []
     named = {name: m for name, m in graph.model.named_modules() if isinstance(m, nn.Conv2d)}
     for name, module in named.items():
-        reason = _not_plain(name, module)
+        reason = None if grouped and type(module) is GroupShuffleConv2d else _not_plain(name, module)
         if reason is None:
             handles.append(see(name, module))
         else:

@@ -1,9 +1,10 @@
 """Edits: small frozen records of what was changed, replayed on a fresh model, real or on `meta`.
 
 An edit holds everything that its replay needs (tensor names, axes, kept indices), so that a saved architecture does
-not depend on how a later version traces a network. Edits only ever shrink, reorder, wrap, or swap a
-convolution for one of ours: one from a stranger's file can't make a model larger but by a few small tensors, or touch
-anything but its tensors' axes and its integer sizes.
+not depend on how a later version traces a network. Edits only ever shrink, reorder, wrap, swap a convolution for one of
+ours, split one or merge two into no more weights than there were: one from a stranger's file can't make a model larger
+but by a few small tensors (in the Winograd domain a weight is some times its filter), or touch anything but its
+tensors' axes, its integer sizes and its ReLUs.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from tersenet.graph.edit_fields import (
     format_indices,
     parse_indices,
 )
-from tersenet.graph.edits_layers import Group, Quantize, Winograd, find_module, replace_module
+from tersenet.graph.edits_layers import Group, Merge, Quantize, Split, Winograd, find_module, replace_module
+from tersenet.graph.edits_sparse import Sparsify, WinogradDomain
 from tersenet.nn.adapter import ChannelAdapter
 
 __all__ = [
-    "Adapt", "Attribute", "Axis", "Budget", "Edit", "Group", "Keep", "Quantize", "Reorder", "Resize", "Slice",
-    "Winograd", "format_indices", "is_size", "parse_indices",
+    "Adapt", "Attribute", "Axis", "Budget", "Edit", "Group", "Keep", "Merge", "Quantize", "Reorder", "Resize", "Slice",
+    "Sparsify", "Split", "Winograd", "WinogradDomain", "format_indices", "is_size", "parse_indices",
 ]  # fmt: skip
 
 # Any size that a network's own code keeps, but nothing that says how a layer computes, and nothing of nn.Module's own.
@@ -177,7 +179,10 @@ class Reorder(EditModel):
                 _slice_tensor(model, name, part.axis, np.asarray(self.order, dtype=np.int64), new, whole=True)
 
 
-Edit = Annotated[Keep | Resize | Adapt | Reorder | Group | Winograd | Quantize, Field(discriminator="kind")]
+Edit = Annotated[
+    Keep | Resize | Adapt | Reorder | Group | Winograd | Quantize | Split | Merge | WinogradDomain | Sparsify,
+    Field(discriminator="kind"),
+]
 
 
 def _check_count(

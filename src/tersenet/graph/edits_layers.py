@@ -1,4 +1,5 @@
-"""Edits that put another layer in a convolution's place: a grouped, a Winograd or a quantized one."""
+"""Edits that put another layer in a convolution's place: a grouped, a Winograd or a quantized one, two of lower rank,
+or one for two."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from tersenet.errors import GraphError
+from tersenet.errors import GraphError, TersenetError
 from tersenet.graph import lookup
 from tersenet.graph.edit_fields import EditModel, Name, Order
 from tersenet.nn.group_shuffle import GroupShuffleConv2d
+from tersenet.nn.low_rank import Form, merged, pair_of
 from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d
 from tersenet.nn.winograd_settings import Quantization, WinogradSettings
@@ -26,7 +28,7 @@ class Group(EditModel):
     columns: Order
 
     def replay(self, model: nn.Module) -> None:
-        layer = _plain_convolution(model, self.module)
+        layer = plain_convolution(model, self.module)
         if (len(self.rows), len(self.columns)) != (layer.out_channels, layer.in_channels):
             raise GraphError(
                 f"edit orders {len(self.rows)} x {len(self.columns)} channels of {self.module!r}, which has "
@@ -36,32 +38,72 @@ class Group(EditModel):
 
 
 class Winograd(EditModel):
-    """Compute a plain convolution by Winograd's F(m, r), with these settings."""
+    """Compute a plain convolution, or one that was grouped here, by Winograd's F(m, r), with these settings."""
 
     kind: Literal["winograd"] = "winograd"
     module: Name
     settings: WinogradSettings
 
     def replay(self, model: nn.Module) -> None:
-        conv = _plain_convolution(model, self.module)
+        conv = plain_convolution(model, self.module, grouped=True)
         replace_module(model, conv, WinogradConv2d.from_conv(conv, self.settings))
 
 
 class Quantize(EditModel):
-    """Fake-quantize input, weight and output of a plain convolution."""
+    """Fake-quantize input, weight and output of a plain convolution, or of one that was grouped here."""
 
     kind: Literal["quantize"] = "quantize"
     module: Name
     quantization: Quantization
 
     def replay(self, model: nn.Module) -> None:
-        conv = _plain_convolution(model, self.module)
+        conv = plain_convolution(model, self.module, grouped=True)
         replace_module(model, conv, QuantizedConv2d.from_conv(conv, self.quantization))
 
 
-def _plain_convolution(model: nn.Module, name: str) -> nn.Conv2d:
-    """Raises: GraphError unless it is an nn.Conv2d itself: a subclass computes something else."""
+class Split(EditModel):
+    """Make a convolution two of this rank, one behind the other: `NAME.0` and `NAME.1`."""
+
+    kind: Literal["split"] = "split"
+    module: Name
+    form: Form
+    rank: int = Field(ge=1, le=65536)
+
+    def replay(self, model: nn.Module) -> None:
+        conv = plain_convolution(model, self.module)
+        try:
+            pair = pair_of(conv, self.form, self.rank)
+        except TersenetError as error:
+            raise GraphError(f"edit splits {self.module!r}: {error}") from None
+        # A pair of full rank can be dearer than the layer; a file could split it again and again.
+        if sum(p.numel() for p in pair.parameters()) > sum(p.numel() for p in conv.parameters()):
+            raise GraphError(f"edit splits {self.module!r} in two of rank {self.rank}, which have more weights than it")
+        replace_module(model, conv, pair)
+
+
+class Merge(EditModel):
+    """Make a convolution and the 1 x 1 convolution behind it one, in the place of the first."""
+
+    kind: Literal["merge"] = "merge"
+    first: Name
+    second: Name
+
+    def replay(self, model: nn.Module) -> None:
+        first, second = plain_convolution(model, self.first), plain_convolution(model, self.second)
+        try:
+            one = merged(first, second)
+        except TersenetError as error:
+            raise GraphError(f"edit merges {self.first!r} and {self.second!r}: {error}") from None
+        replace_module(model, second, nn.Identity())
+        replace_module(model, first, one)
+
+
+def plain_convolution(model: nn.Module, name: str, *, grouped: bool = False) -> nn.Conv2d:
+    """Raises: GraphError unless it is an nn.Conv2d itself, or with `grouped` one of ours between two orders of
+    channels: another subclass computes something else."""
     layer = find_module(model, name)
+    if grouped and type(layer) is GroupShuffleConv2d:
+        return layer
     if type(layer) is not nn.Conv2d or layer is model:
         raise GraphError(f"edit swaps {name!r}, a {type(layer).__name__}; it must be an nn.Conv2d inside the network")
     return layer

@@ -22,9 +22,11 @@ from tersenet.graph.shrink import axis_in
 from tersenet.graph.trace import Trace, tensors_in, trace
 from tersenet.graph.trial import find_fixed
 from tersenet.graph.units import ChannelGroup, Units, build_units
+from tersenet.nn.masked import MaskedConv2d
 from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d
-from tersenet.nn.winograd_quantizer import directly
+from tersenet.nn.winograd_quantizer import FakeQuantizer
+from tersenet.nn.winograd_relu import WinogradReLUConv2d
 
 Kept = dict[str, IntArray]
 """Group name -> the kept units' places in the group, increasing. Groups that are not named keep everything."""
@@ -48,8 +50,7 @@ class ModelGraph:
 
     @cached_property
     def trace(self) -> Trace:
-        with directly():
-            return trace(self.model, self.example)
+        return trace(self.model, self.example)
 
     @cached_property
     def found(self) -> Labelling:
@@ -74,10 +75,13 @@ class ModelGraph:
         return found, find_fixed(self.model, self.example, self.trace, found)
 
     def _freeze_swapped(self, found: Labelling) -> None:
-        """The labels are right with Winograd layers too, but no proof of equality holds through a quantizer."""
-        layer = next((n for n, m in self.model.named_modules() if isinstance(m, (WinogradConv2d, QuantizedConv2d))), "")
-        if layer:
-            reason = f"{layer} is a Winograd or quantized layer: prune before the convolutions are swapped"
+        """Everything, where scales of a quantizer or weights of a Winograd domain would have to be cut too."""
+        layer = next((name for name, module in self.model.named_modules() if _holds_channels(module)), None)
+        if layer is not None:
+            reason = (
+                f"{layer} has weights of the Winograd domain, masks, or scales per channel: prune before the "
+                "convolutions are swapped"
+            )
             for op in self.trace.ops:
                 found.freeze_around(op, reason)
 
@@ -128,7 +132,12 @@ class ModelGraph:
         """
         edit.replay(self.model)
         self.record = self.record.model_copy(update={"edits": (*self.record.edits, edit)})
-        attach(self.model, self.record)
+        self.forget(self.record)
+
+    def forget(self, record: Record) -> None:
+        """What was traced before; from now on this is the record. For a network whose structure was put back."""
+        self.record = record
+        attach(self.model, record)
         for name in ("trace", "found", "_coupled", "units"):
             self.__dict__.pop(name, None)
 
@@ -198,6 +207,20 @@ class ModelGraph:
     def frozen_groups(self) -> dict[str, str]:
         """Group name -> why it can't be pruned."""
         return {g.name: g.frozen for g in self.groups if g.frozen}
+
+
+def _holds_channels(module: nn.Module) -> bool:
+    """Whether a swapped layer has tensors with channels that labels don't know."""
+    if isinstance(module, (WinogradReLUConv2d, MaskedConv2d)):
+        return True
+    # (t t, groups, 1, C) in the Winograd domain, (C, 1, 1, 1) of a weight.
+    quantized = isinstance(module, (WinogradConv2d, QuantizedConv2d))
+    quantizers = module.quantizers.children() if quantized else ()
+    return any(isinstance(q, FakeQuantizer) and _per_channel(q) for q in quantizers)
+
+
+def _per_channel(quantizer: FakeQuantizer) -> bool:
+    return quantizer.settings.per in ("channel", "tap_channel")
 
 
 def _shape_of(example: tuple[Any, ...]) -> tuple[int, ...]:

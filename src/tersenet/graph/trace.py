@@ -25,6 +25,7 @@ from tersenet.graph.choices import Choice, Choices, is_choice
 from tersenet.graph.dispatch import Dispatch
 from tersenet.graph.undo import structure_of
 from tersenet.nn.adapter import ChannelAdapter
+from tersenet.nn.winograd_quantizer import directly
 
 _aten = torch.ops.aten
 SAME = frozenset([_aten.detach.default, _aten.alias.default, _aten.clone.default])
@@ -88,7 +89,8 @@ class Trace:
     """What ran. `inputs` are the example's tensors in order, `outputs` the result with `Ref`s for tensors.
 
     `images` are inputs (C, H, W) in a list, without a batch axis. `choices` are those that were made by values or of
-    constants; those by values begin at the operator `chosen_from`.
+    constants; those by values begin at the operator `chosen_from`. `cuts`: operator -> whether a run that goes on there
+    was seen to give the same.
     """
 
     ops: list[Op] = field(default_factory=list[Op])
@@ -98,6 +100,7 @@ class Trace:
     outputs: Any = None
     choices: list[Choice] = field(default_factory=list[Choice])
     chosen_from: int | None = None
+    cuts: dict[int, bool] = field(default_factory=dict[int, bool])
 
     @property
     def parameters(self) -> set[str]:
@@ -128,8 +131,8 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def running(model: nn.Module) -> Generator[None]:
-    """How networks are run here: in evaluation mode, without gradients and without fused attention modules. Afterwards
-    the network is as it was."""
+    """How networks are run here: in evaluation mode, without gradients and without fused attention modules; Winograd
+    and quantized layers as the convolutions that they stand for. Afterwards the network is as it was."""
     modules = lookup.named_modules(model).values()
     for module in modules:
         if isinstance(module, ChannelAdapter):
@@ -140,7 +143,7 @@ def running(model: nn.Module) -> Generator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model) if training else nullcontext(), torch.no_grad():
+        with directly(), evaluating(model) if training else nullcontext(), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

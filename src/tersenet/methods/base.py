@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from tersenet.errors import TersenetError
+from tersenet.progress import Progress
 from tersenet.recipe_target import Target
 from tersenet.train.hooks import Hooks
 from tersenet.train.settings import Fit
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
 
     from tersenet.data.bundle import Data
     from tersenet.graph.model import ModelGraph
-    from tersenet.results import Accuracy, Equality
+    from tersenet.results import Accuracy, Equality, LayerFit
 
 METHODS: dict[str, type[Method]] = {}
 
 
 @dataclass
 class Context:
-    """What a method may use beside the graph. `notes`, `equality` and `masked` go into the step's part of the report.
+    """What a method may use beside the graph. `notes`, `fits`, `equality` and `masked` go into the step's part of the
+    report.
 
     `original_macs` and `original_params` are what a relative target refers to.
     """
@@ -46,7 +48,10 @@ class Context:
     data: Data | None = None
     evaluate: Callable[[], Accuracy | None] = lambda: None
     """Accuracy of the network as it is now, on the test split, if there is one. For the report: it chooses nothing."""
+    progress: Progress = field(default_factory=Progress)
+    """Where a method that takes long keeps what it has done, so that it goes on there when it was interrupted."""
     notes: list[str] = field(default_factory=list[str])
+    fits: list[LayerFit] = field(default_factory=list["LayerFit"])
     equality: Equality | None = None
     masked: Accuracy | None = None
 

@@ -17,6 +17,8 @@ from tersenet.methods.base import Context, Method
 from tersenet.recipe_target import Target, TargetText
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tersenet.calibration.items import Costs, Counts, Items
     from tersenet.graph.budget import Rounding
     from tersenet.graph.model import Kept, ModelGraph
@@ -58,13 +60,11 @@ class ChannelPruning(Method):
     """Leave at least so many channels in every layer."""
     images: int = Field(default=1000, ge=1)
     """Training images to calibrate on."""
-    positions: int = Field(default=10, ge=1)
+    positions: int = Field(default=32, ge=1)
     """Output positions sampled of every layer in each image."""
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
-        """Restores the network's numbers if anything fails."""
-        import torch
-
+        """Leaves the network as it was if anything fails."""
         graph = graph.with_residual("coupled")
         items = self._items(graph)
         fixed = self._fixed(items, context)
@@ -74,17 +74,12 @@ class ChannelPruning(Method):
         loader = context.data.train if context.data is not None else None
         if loader is None:
             raise TersenetError("channel_pruning calibrates on training images: give some, such as --data digits")
-        values = [*graph.model.parameters(), *graph.model.buffers()]
-        before = [t.detach().clone() for t in values]
-        edits, notes = len(graph.record.edits), len(context.notes)
+        undo, notes, fits = _undo(graph), len(context.notes), len(context.fits)
         try:
             self._carry_out(graph, context, items, fixed)
         except BaseException:
-            del context.notes[notes:]
-            if len(graph.record.edits) == edits:
-                with torch.no_grad():
-                    for tensor, value in zip(values, before, strict=True):
-                        tensor.copy_(value)
+            del context.notes[notes:], context.fits[fits:]
+            undo()
             raise
 
     def preview(self, graph: ModelGraph, context: Context) -> None:
@@ -111,11 +106,12 @@ class ChannelPruning(Method):
         from tersenet.calibration.curves import measured_curves
         from tersenet.calibration.sampling import Images
         from tersenet.calibration.solver import Solver
+        from tersenet.graph.replay import over_kept
 
         assert context.data is not None
         assert context.data.train is not None
         images = Images(context.data.train, self.images, self.positions, context.seed, context.device)
-        solver = Solver(graph, images, self.select, self.reconstruct)
+        solver = Solver(graph, images, self.select, self.reconstruct, context.progress)
         before, target = graph.macs(), context.target_for(self.target)
         free = [item for item in items.all if item.name not in fixed]
         if target is None or self.allocate == "uniform" or not free:
@@ -127,17 +123,15 @@ class ChannelPruning(Method):
             costs, original = self._costs(graph, items, context)
             left = allocate(costs, measured_curves(solver, free), target, original, self._rounding(), fixed)
         solver.run(items.all, items.readers, left)
-        context.masked = context.evaluate()
+        if not over_kept(graph, solver.gone):
+            # Elsewhere the zeros count in means over channels, which are then not what they become.
+            context.masked = context.evaluate()
         self._cut(graph, context, items, solver.kept)
         context.notes.append(
             f"{before:,} MACs before; calibrated on {images.seen()} training images (seed {context.seed}), "
             f"{self.positions} positions of each layer's outputs in each"
         )
-        context.notes += [
-            f"{item.name}: {item.size} -> {left[item.name]} channels"
-            for item in items.all
-            if left[item.name] < item.size
-        ]
+        context.fits += solver.fits
         context.notes += solver.notes
         for item in items.all:
             if not item.readers:
@@ -199,3 +193,23 @@ class ChannelPruning(Method):
         }
         groups = {item.group.name: kept[item.name] for item in items.all if item.group and item.name in kept}
         context.equality = cut(graph, groups, sampled)
+
+
+def _undo(graph: ModelGraph) -> Callable[[], None]:
+    """A function that puts back everything that a step changes: numbers, structure, and what the graph knows."""
+    import torch
+
+    from tersenet.graph.undo import structure_of
+
+    restore, known = structure_of(graph.model), dict(graph.__dict__)
+    values = [(t, t.detach().clone()) for t in [*graph.model.parameters(), *graph.model.buffers()]]
+
+    def undo() -> None:
+        restore()
+        graph.__dict__.clear()
+        graph.__dict__.update(known)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+
+    return undo

@@ -86,7 +86,10 @@ class _Swapping(Method):
         if self.bits is not None and train is not None:
             from tersenet.train.ranges import calibrate_ranges
 
-            images = calibrate_ranges(graph.model, train, self.calibration_batches, device=context.device)
+            trains = isinstance(self, TrainingMethod)
+            images = calibrate_ranges(
+                graph.model, train, self.calibration_batches, device=context.device, for_training=trains
+            )
             check_layers(graph.model)
         context.notes += [*plan.notes(), self._origin(plan, images)]
 
@@ -122,7 +125,7 @@ class _Swapping(Method):
         from tersenet.graph.convolutions import Plan, convolutions, tags
         from tersenet.graph.select import check_patterns, matches_any
 
-        found, left = convolutions(graph)
+        found, left = convolutions(graph, grouped=True)
         known = tags({conv.name: conv.module for conv in found})
         plan = Plan(left=left)
         check_patterns([*self.include, *self.exclude, *self.tiles], [*known, *left])

@@ -18,6 +18,9 @@ _VGG = "Simonyan and Zisserman 2015, Very Deep Convolutional Networks, https://a
 _WINOGRAD = "Fernandez-Marques et al. 2020, Winograd-aware Quantized Networks, https://arxiv.org/abs/2002.10711"
 _LENET = "LeCun et al. 1998, Gradient-Based Learning Applied to Document Recognition, https://doi.org/10.1109/5.726791"
 _SQUEEZENET = "Iandola et al. 2016, SqueezeNet, https://arxiv.org/abs/1602.07360"
+_NAGADOMI = "nagadomi 2014, Kaggle CIFAR-10 solution, https://github.com/nagadomi/kaggle-cifar10-torch7"
+_ALL_CNN = "Springenberg et al. 2015, Striving for Simplicity, https://arxiv.org/abs/1412.6806"
+_SPARSE_WINOGRAD = "Liu et al. 2018, Efficient Sparse-Winograd CNNs, https://openreview.net/forum?id=HJzgZ3JCW"
 _RESNEXT = "Xie et al. 2017, Aggregated Residual Transformations, https://arxiv.org/abs/1611.05431"
 
 
@@ -73,6 +76,13 @@ def _entries() -> Iterator[Entry]:
     yield _cifar("lenet5", "lenet:lenet5", "LeNet", _LENET)
     yield _cifar("squeezenet_cifar", "squeezenet_cifar:squeezenet_cifar", "CIFAR SqueezeNet", _SQUEEZENET)
     yield _cifar("resnext20_8x16", "resnext_cifar:resnext_cifar", "CIFAR ResNeXt", _RESNEXT, depth=20, groups=8)
+    sparse = "tersenet.models.sparse_winograd_cifar"
+    yield _cifar("vgg_nagadomi", "sparse_winograd_cifar:vgg_nagadomi", "CIFAR VGG", _NAGADOMI, map=4)
+    small, arguments = (3, 24, 24), {"map": 3}
+    yield Entry("vgg_nagadomi_24", f"{sparse}:vgg_nagadomi", arguments, small, 10, "CIFAR VGG", _NAGADOMI)
+    yield Entry("convpool_cnn_c", f"{sparse}:convpool_cnn_c", {}, _CIFAR, 100, "CIFAR all-convolutional", _ALL_CNN)
+    family = "ResNet without strided 3x3 convolutions"
+    yield _imagenet("pool_resnet18", "sparse_winograd_resnet:pool_resnet18", family, _SPARSE_WINOGRAD)
     for depth in (18, 34, 50, 101, 152):
         yield _imagenet(f"resnet{depth}", "resnet:resnet", "ResNet", _RESNET, depth=depth)
     for batch_norm, suffix in ((False, ""), (True, "_bn")):

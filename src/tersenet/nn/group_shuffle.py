@@ -11,12 +11,33 @@ from tersenet.errors import GraphError
 from tersenet.nn.adapter import select_channels
 
 
-class GroupShuffleConv2d(nn.Conv2d):
-    """`scatter(grouped convolution(gather(x)))`: each output channel reads a group of input channels chosen for it.
+class OrderedConv2d(nn.Conv2d):
+    """A convolution that may take its input channels in another order, and give its output channels in another.
 
     gather: (C_in,), the input channel that comes to each place; None where they come in order.
     scatter: (C_out,), the place that each output channel is taken from; None where the next layer reads them as they
         are.
+
+    Both are part of the architecture: they come from an edit and not from the state dict.
+    """
+
+    gather: Tensor | None
+    scatter: Tensor | None
+
+    def take_order(self, conv: nn.Module | None = None) -> None:
+        """The tables of `conv`, if it has some."""
+        for name in ("gather", "scatter"):
+            table = getattr(conv, name) if isinstance(conv, OrderedConv2d) else None
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.gather is None else select_channels(input, 1, self.gather)
+        y = super().forward(x)
+        return y if self.scatter is None else select_channels(y, 1, self.scatter)
+
+
+class GroupShuffleConv2d(OrderedConv2d):
+    """`scatter(grouped convolution(gather(x)))`: each output channel reads a group of input channels chosen for it.
 
     Shapes: (N, C_in, H, W) -> (N, C_out, H', W').
 
@@ -24,9 +45,6 @@ class GroupShuffleConv2d(nn.Conv2d):
 
     Source: Zhang et al., arXiv 2002.08127.
     """
-
-    gather: Tensor | None
-    scatter: Tensor | None
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, groups: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> Self:
@@ -64,11 +82,6 @@ class GroupShuffleConv2d(nn.Conv2d):
         made.register_buffer("gather", _table(columns, device), persistent=False)
         made.register_buffer("scatter", _table(_inverse(rows), device), persistent=False)
         return made.train(conv.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = input if self.gather is None else select_channels(input, 1, self.gather)
-        y = super().forward(x)
-        return y if self.scatter is None else select_channels(y, 1, self.scatter)
 
     def extra_repr(self) -> str:
         moved = [name for name in ("gather", "scatter") if getattr(self, name) is not None]

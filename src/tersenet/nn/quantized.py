@@ -7,13 +7,14 @@ from typing import Self
 from torch import Tensor, nn
 
 from tersenet.errors import TersenetError
+from tersenet.nn.group_shuffle import OrderedConv2d
 from tersenet.nn.winograd_quantizer import FakeQuantizer, is_direct
 from tersenet.nn.winograd_settings import Quantization
 
 STAGES = ("input", "weight", "output")
 
 
-class QuantizedConv2d(nn.Conv2d):
+class QuantizedConv2d(OrderedConv2d):
     """`nn.Conv2d` whose input, weight and output are fake-quantized, as in the Winograd-aware reference's baseline.
 
     Made by `from_conv`. Shapes: (N, C_in, H, W) -> (N, C_out, H', W').
@@ -26,7 +27,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, quantization: Quantization) -> Self:
-        """The same convolution, with the very parameters of `conv` and its training mode.
+        """The same convolution, with the very parameters of `conv`, its order of channels and its training mode.
 
         Raises: TersenetError for quantizers of what only a Winograd layer has, or of scales that this one has not.
         """
@@ -38,6 +39,7 @@ class QuantizedConv2d(nn.Conv2d):
             conv.groups, conv.bias is not None, conv.padding_mode, device="meta", dtype=conv.weight.dtype,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         made.weight, made.bias = conv.weight, conv.bias
+        made.take_order(conv)
         made.quantization = quantization
         made.quantizers = nn.ModuleDict()
         for name in STAGES:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.errors import TersenetError
+from tersenet.nn.group_shuffle import OrderedConv2d
 from tersenet.nn.winograd_quantizer import FakeQuantizer, is_direct
 from tersenet.nn.winograd_settings import Quantizer, WinogradSettings
 from tersenet.nn.winograd_transforms import TransformMatrices
@@ -18,7 +19,7 @@ from tersenet.ops.winograd import STAGES, Matrices, Stages, kronecker, winograd_
 from tersenet.ops.winograd_tiles import Geometry
 
 
-class WinogradConv2d(nn.Conv2d):
+class WinogradConv2d(OrderedConv2d):
     """`nn.Conv2d` by F(m, r): the same arguments, weight, bias and, with exact transforms unquantized, the same output.
 
     Any kernel, size, stride, padding, dilation and groups. Only the input, the weight and small tensors are kept for
@@ -53,6 +54,7 @@ class WinogradConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
+        self.take_order()
         self.settings = settings or WinogradSettings()
         quantization = self.settings.quantization
         r = self.geometry.taps
@@ -70,7 +72,7 @@ class WinogradConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, settings: WinogradSettings | None = None) -> Self:
-        """The same convolution, with the very parameters of `conv` and its training mode."""
+        """The same convolution, with the very parameters of `conv`, its order of channels and its training mode."""
         padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
         made = cls(
             conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride), padding,
@@ -78,6 +80,7 @@ class WinogradConv2d(nn.Conv2d):
             device="meta", dtype=conv.weight.dtype,
         )  # fmt: skip
         made.weight, made.bias = conv.weight, conv.bias
+        made.take_order(conv)
         if not conv.weight.is_meta:
             for module in (made.transforms, made.quantizers):
                 module.to(conv.weight.device)

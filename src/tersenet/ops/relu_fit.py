@@ -59,11 +59,13 @@ def relu_fit(
     *,
     prior: Tensor | None = None,
     rank: int | None = None,
+    ridge: float = 0.0,
     schedule: Sequence[tuple[float, int]] = SCHEDULE,
 ) -> ReluFit:
     """Fit ReLU(x W^T + b) to ReLU(y) by turns: u near both (`relu_step`), then W and b by least squares on u.
 
-    Starts from the linear least squares fit, and returns the best of all iterations, so it is never worse than that.
+    Starts from the linear least squares fit, and returns the best of all iterations, so it is never worse than that. A
+    ridge is in all of them.
 
     Args:
         name: of the layer, for messages.
@@ -71,25 +73,28 @@ def relu_fit(
         y: (N, O) whole pre-activation outputs of the original network, its bias included.
         prior: (O, D) weights that are kept in directions in which no row varies; zero when None.
         rank: of W, at most; full when None. Not together with a prior.
+        ridge: pull to the prior, in units of the inputs' mean sum of squares; needs one.
         schedule: pairs of coupling and number of iterations.
 
     Raises:
         StatisticsError: no rows, or a NaN or infinite value.
-        ValueError: rows of unequal number, a prior and a rank, a rank below 1.
+        ValueError: rows of unequal number, a prior and a rank, a rank below 1, a ridge without a prior.
 
     Differs: the published code takes the bias out of the wanted outputs, which moves the ReLU's threshold, and
     decomposes all rows anew in each iteration. Here they are whitened once, and an iteration is two matrix products.
     """
-    if len(x) != len(y) or (prior is not None and rank is not None) or (rank is not None and rank < 1):
+    if len(x) != len(y) or (rank is not None and (rank < 1 or prior is not None)) or (ridge and prior is None):
         raise ValueError(f"{name!r}: {len(x)} and {len(y)} rows, rank {rank}, prior {prior is not None}")
     if not len(x):
         raise StatisticsError(f"{name!r} has seen no calibration data: give at least one image.")
     require_finite(name, x, y)
     moments = Moments(name, x.shape[1], y.shape[1])
     moments.add(x, y)
-    basis = whitener(moments.xx, moments.precision)
+    added = ridge * float(moments.xx.diagonal().mean())
+    basis = whitener(moments.xx + added * torch.eye(moments.inputs).to(moments.xx), moments.precision)
     rows = _Rows(x, y, moments.mean_x, basis)
-    coefficients, intercept = truncated(basis.T @ moments.xy, rank), moments.mean_y
+    pull = 0.0 if prior is None else added * basis.T @ prior.detach().flatten(1).to(basis).T
+    coefficients, intercept = truncated(basis.T @ moments.xy + pull, rank), moments.mean_y
     best, errors, objectives = (coefficients, intercept), list[float](), list[float]()
     for coupling in [coupling for coupling, count in schedule for _ in range(count)]:
         turn = rows.turn(coefficients, intercept, coupling)
@@ -97,7 +102,7 @@ def relu_fit(
         objectives.append(turn.objective)
         if turn.error == min(errors):
             best = coefficients, intercept
-        coefficients, intercept = truncated(turn.coefficients, rank), turn.intercept
+        coefficients, intercept = truncated(turn.coefficients + pull, rank), turn.intercept
     errors.append(rows.turn(coefficients, intercept, 1.0).error)
     if errors[-1] == min(errors):
         best = coefficients, intercept
@@ -107,7 +112,7 @@ def relu_fit(
         left, right = basis @ (inner * values)[:, :rank], right[:rank]
     elif prior is not None and basis.shape[1] < len(basis):
         kept = prior.detach().flatten(1).to(basis).T
-        left += kept - basis @ (basis.T @ (moments.xx @ kept))
+        left += kept - basis @ (basis.T @ (moments.xx @ kept + added * kept))
     bias = best[1] - moments.mean_x @ left @ right
     return ReluFit(left, right, bias, min(errors), errors[0], tuple(objectives))
 

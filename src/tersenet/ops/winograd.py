@@ -135,12 +135,12 @@ def _forward(
         # Whoever gave NCHW gets NCHW.
         nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         tiles = input_tiles(padded_image(rounded(0, x.to(bb.dtype), own=False), at), at)
-        v = rounded(2, _apply(bb, tiles))
+        v = rounded(2, transformed(bb, tiles))
         del tiles
-        u = rounded(3, _apply(gg, weight_taps(rounded(1, weight.to(gg.dtype), own=False), at)))
-        product = rounded(4, _product(v, u))
+        u = rounded(3, transformed(gg, weight_taps(rounded(1, weight.to(gg.dtype), own=False), at)))
+        product = rounded(4, products(v, u))
         del v
-        y = _output(aa, product, bias, at, (n, h, w), nhwc)
+        y = assembled(aa, product, bias, at, (n, h, w), nhwc)
         del product
         y = rounded(5, y)
     y = y.to(_output_type(x)).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
@@ -155,20 +155,21 @@ def _matrices(rest: Sequence[Tensor | None]) -> Matrices:
     return Matrices(aa, gg, bb)
 
 
-def _apply(matrix: Tensor, taps: Tensor) -> Tensor:
+def transformed(matrix: Tensor, taps: Tensor) -> Tensor:
     """(a, b) times (sqrt b, sqrt b, groups, ..., C) -> (a, groups, P, C)."""
     groups, channels = taps.shape[2], taps.shape[-1]
     return (matrix @ taps.reshape(matrix.shape[1], -1)).view(matrix.shape[0], groups, -1, channels)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def products(a: Tensor, b: Tensor) -> Tensor:
     """(t t, groups, i, j) times (t t, groups, j, k), each tap and group a matrix product of its own."""
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
-def _output(
+def assembled(
     aa: Tensor, product: Tensor, bias: Tensor | None, at: Geometry, size: tuple[int, int, int], nhwc: bool
 ) -> Tensor:
+    """AA M, with the bias, as an image. `size` is the input's N, H, W."""
     n, h, w = size
     groups, channels = product.shape[1], product.shape[3]
     shape = at.tile, at.tile, groups, n * at.axis(0)[2] * at.axis(1)[2], at.tiles(h, 0), at.tiles(w, 1), channels
@@ -238,19 +239,19 @@ def _backward(
     image = padded_image(x_rounded, at)
     del x_rounded
     tiles = input_tiles(image, at)
-    v, v_raw = rounded(2, _apply(bb, tiles))
+    v, v_raw = rounded(2, transformed(bb, tiles))
     del tiles
     w_rounded, w_raw = rounded(1, weight.to(gg.dtype), own=False)
     taps = weight_taps(w_rounded, at)
-    u, u_raw = rounded(3, _apply(gg, taps))
+    u, u_raw = rounded(3, transformed(gg, taps))
 
     # Output and product. Most settings need neither of them again: rounding passes the gradient on as it is.
     reads_y, reads_m = (stage is not None and stage.rounding.reads_values for stage in (stages.output, stages.product))
     m, m_raw = dy, None
     if want_aa or reads_y or reads_m:
-        m, m_raw = rounded(4, _product(v, u))
+        m, m_raw = rounded(4, products(v, u))
     if reads_y:
-        dy = through(5, _output(aa, m, bias, at, (n, h, w), nhwc=True), dy)
+        dy = through(5, assembled(aa, m, bias, at, (n, h, w), nhwc=True), dy)
     if want_bias:
         found[2] = dy.sum((0, 2, 3))
     d_out = output_image_adjoint(dy, at, h, w).flatten(0, 1).flatten(1)
@@ -263,7 +264,7 @@ def _backward(
     del m_raw
 
     if want_weight or want_gg or want_scale[1] or want_scale[3]:
-        d_u = through(3, u_raw, _product(v.transpose(2, 3), d_product)).flatten(1)
+        d_u = through(3, u_raw, products(v.transpose(2, 3), d_product)).flatten(1)
         if want_gg:
             found[4] = d_u @ taps.reshape(gg.shape[1], -1).t()
         d_weight = weight_taps_adjoint((gg.t() @ d_u).view(taps.shape), at, weight.shape)
@@ -271,7 +272,7 @@ def _backward(
         found[1] = d_weight.to(weight.dtype) if want_weight else None
     del v
     if want_x or want_bb or want_scale[0] or want_scale[2]:
-        d_v = through(2, v_raw, _product(d_product, u.transpose(2, 3))).flatten(1)
+        d_v = through(2, v_raw, products(d_product, u.transpose(2, 3))).flatten(1)
         del d_product, v_raw
         if want_bb:
             found[5] = d_v @ input_tiles(image, at).flatten(0, 1).flatten(1).t()

@@ -79,14 +79,14 @@ def padded_image(x: Tensor, at: Geometry) -> Tensor:
     """(N, C, H, W) -> (N, C, rows, columns) in channels_last order: exactly what the tiles reach."""
     n, c, h, w = x.shape
     (top, _), (left, _) = at.padding
-    out = x.new_zeros(n, _reach(at, h, 0), _reach(at, w, 1), c).permute(0, 3, 1, 2)
+    out = x.new_zeros(n, reach(at, h, 0), reach(at, w, 1), c).permute(0, 3, 1, 2)
     # Rows that a stride never reads are left out.
     h, w = min(h, out.shape[2] - top), min(w, out.shape[3] - left)
     out[:, :, top : top + h, left : left + w] = x[:, :, :h, :w]
     return out
 
 
-def _reach(at: Geometry, size: int, axis: int) -> int:
+def reach(at: Geometry, size: int, axis: int) -> int:
     """Rows or columns that the tiles read, padding included."""
     step, stride, dilation = at.axis(axis)
     return (at.tile * at.tiles(size, axis) + at.taps - 1) * stride * dilation * step

@@ -49,6 +49,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
+def share(fraction: float | None) -> str:
+    """A share with one decimal, or nothing where it isn't known: `12.3 %`."""
+    return "" if fraction is None else f"{100 * fraction:.1f} %"
+
+
 def interval(low: float | None, high: float | None) -> str:
     """`92.88 to 93.86 %`, or nothing where the interval isn't known."""
     return "" if low is None or high is None else f"{100 * low:.2f} to {100 * high:.2f} %"

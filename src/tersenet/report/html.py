@@ -118,7 +118,24 @@ def _step(step: StepResult) -> str:
     return (
         f'<div class="card"><h3>{step.index + 1}. {text(step.method)}</h3>{fact_list(facts)}'
         f"{_equality(step)}{note_list(step.notes)}"
-        f"{charted}{_settings(step)}</div>"
+        f"{charted}{_fits(step)}{_settings(step)}</div>"
+    )
+
+
+def _fits(step: StepResult) -> str:
+    if not step.fits:
+        return ""
+    rows = "".join(
+        f'<tr><td class="name">{text(fit.name)}</td><td class="was">{text(fit.what)}</td>'
+        f'<td class="right">{_pair(fit.before, fit.after)}</td><td class="right">{f.share(fit.unfitted)}</td>'
+        f'<td class="right">{f.share(fit.error)}</td><td class="right">{f.share(fit.output_error)}</td></tr>'
+        for fit in step.fits
+    )
+    heads = "".join(f'<th class="right">{head}</th>' for head in ("Left", "Unfitted", "Fitted", "Of the output"))
+    return (
+        "<details><summary>Layers fitted to calibration data, with the errors of their responses and of the network's "
+        f"output</summary><table><thead><tr><th>Layer</th><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        "</details>"
     )
 
 

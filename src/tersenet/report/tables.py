@@ -9,7 +9,7 @@ from rich.text import Text
 
 from tersenet.report import format as f
 from tersenet.report.summary import Figure, figures, footnotes, target_met
-from tersenet.results import LayerRow, Report
+from tersenet.results import LayerRow, Report, StepResult
 
 _STYLES = {True: "green", False: "yellow", None: ""}
 
@@ -32,11 +32,27 @@ def per_layer(report: Report) -> RenderableType:
     return table
 
 
+def fitted(step: StepResult) -> RenderableType:
+    """One row per layer that a step fitted to calibration data: what it has left, and errors of its responses and, at
+    that point, of the network's output."""
+    table = _table(f"step {step.index + 1}: fitted")
+    table.columns[0].no_wrap = False
+    table.add_column("", no_wrap=True)
+    for heading in ("left", "error unfitted", "fitted", "of the output"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for fit in step.fits:
+        errors = (f.share(fit.unfitted), f.share(fit.error), f.share(fit.output_error))
+        row = (f.clean(fit.name), f.clean(fit.what), _pair(fit.before, fit.after), *errors)
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
 def render_text(report: Report, width: int = 100) -> str:
-    """Both tables as plain text of `width` columns."""
+    """All tables as plain text of `width` columns."""
     console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as captured:
-        console.print(before_after(report), per_layer(report), sep="\n")
+        fits = [fitted(step) for step in report.steps if step.fits]
+        console.print(before_after(report), per_layer(report), *fits, sep="\n")
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 

@@ -7,13 +7,18 @@ averaged, batch norm's statistics are those of rank 0, and only rank 0 writes an
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from tersenet.errors import TersenetError
+
+_T = TypeVar("_T")
 
 
 def rank() -> int:
@@ -69,10 +74,32 @@ def all_reduce_sum(values: Tensor, device: torch.device) -> Tensor:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Gives every rank the tensors of rank 0, in place."""
-    if world() > 1:
-        for tensor in tensors:
+    """Gives every rank the tensors of rank 0, in place. Tensors on the CPU go by way of the GPU where it has to be."""
+    if world() == 1:
+        return
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
+            moved = tensor.cuda()
+            dist.broadcast(moved, 0)
+            tensor.copy_(moved)
+        else:
             dist.broadcast(tensor, 0)
+
+
+def from_first(action: Callable[[], _T]) -> _T:
+    """What `action` gives on the first rank, on every rank. What it refuses is refused on all, so that none waits."""
+    if world() == 1:
+        return action()
+    outcome: list[Any] = [None, None]  # the result, the refusal
+    if is_main():
+        try:
+            outcome[0] = action()
+        except TersenetError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise TersenetError(outcome[1])
+    return outcome[0]
 
 
 def _running() -> bool:

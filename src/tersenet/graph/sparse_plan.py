@@ -1,0 +1,163 @@
+"""Which convolutions of a network get their weight into the Winograd domain, or a mask, and which can't and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tersenet.errors import TersenetError
+from tersenet.graph.convolutions import Convolution, by_value, convolutions, listed, tags
+from tersenet.graph.edits_sparse import Sparsify, WinogradDomain
+from tersenet.graph.model import ModelGraph
+from tersenet.graph.relu_pairs import check_moved, movable_relus
+from tersenet.graph.select import check_patterns, matches_any
+from tersenet.graph.trace import evaluating
+from tersenet.nn.masked import MaskedConv2d, MaskedWeight
+from tersenet.nn.winograd_quantizer import directly
+from tersenet.nn.winograd_relu import WinogradReLUConv2d, hindrance
+from tersenet.nn.winograd_relu_settings import WinogradReLUSettings
+
+Mode = Literal["winograd_relu", "native", "spatial"]
+Others = Literal["leave", "native"]
+_LEFT_OUT = "left out by include or exclude"
+
+
+@dataclass
+class SparsePlan:
+    """`layers`: those of the mode, after the edits; `before` of them were there. `left`: layer -> why it stays out,
+    `native`: why its ReLU does. `spatial` and `products` are multiplications per image of the new layers, by direct
+    convolution and as planned."""
+
+    layers: list[str] = field(default_factory=list[str])
+    before: list[str] = field(default_factory=list[str])
+    edits: list[WinogradDomain | Sparsify] = field(default_factory=list[WinogradDomain | Sparsify])
+    left: dict[str, str] = field(default_factory=dict[str, str])
+    native: dict[str, str] = field(default_factory=dict[str, str])
+    spatial: int = 0
+    products: int = 0
+
+    def reasons(self) -> str:
+        """Why layers stay out, each reason once."""
+        return "; ".join(f"{', '.join(names)}: {why}" for why, names in by_value(self.left).items())
+
+    def notes(self, what: str) -> list[str]:
+        new = [name for name in self.layers if name not in self.before and name not in self.native]
+        notes = [f"{len(new)} layers {what}: {listed(new)}"] if new else []
+        if self.before:
+            notes.append(f"{len(self.before)} layers were so before: {listed(self.before)}")
+        if self.products and self.products != self.spatial:
+            notes.append(f"products per image of these layers, dense: {self.spatial:,} -> {self.products:,}")
+        notes += [f"{listed(names)} without their ReLU: {why}" for why, names in by_value(self.native).items()]
+        return notes + [f"{listed(names)} left as is: {why}" for why, names in by_value(self.left).items()]
+
+
+def layers_of(graph: ModelGraph, mode: Mode, others: Others) -> dict[str, MaskedWeight]:
+    """Layers that are of this mode already, in the order in which the network holds them."""
+    relu = {mode == "winograd_relu", False} if others == "native" else {mode == "winograd_relu"}
+    found: dict[str, MaskedWeight] = {}
+    for name, module in graph.model.named_modules():
+        if isinstance(module, WinogradReLUConv2d):
+            if mode != "spatial" and module.settings.relu in relu:
+                found[name] = module
+        elif isinstance(module, MaskedConv2d) and mode == "spatial":
+            found[name] = module
+    return found
+
+
+def selected(graph: ModelGraph, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Convolutions, those of ours too, that these patterns choose: the same before and behind a conversion.
+
+    Raises: UnknownNameError for a pattern that matches nothing.
+    """
+    order: dict[str, nn.Module] = {}
+    convs = {n: m for n, m in graph.model.named_modules() if isinstance(m, (nn.Conv2d, WinogradReLUConv2d))}
+    if not convs:
+        return []
+    handles = [m.register_forward_pre_hook(partial(_see, order, n)) for n, m in convs.items()]
+    try:
+        with torch.no_grad(), directly(), evaluating(graph.model):
+            graph.model(*graph.example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    check_patterns([*include, *exclude], list(convs))
+    own = tags(order)
+    return [name for name, tag in own.items() if matches_any(tag, include) and not matches_any(tag, exclude)]
+
+
+def _see(order: dict[str, nn.Module], name: str, module: nn.Module, _: object) -> None:
+    order.setdefault(name, module)
+
+
+def sparse_plan(
+    graph: ModelGraph,
+    mode: Mode,
+    others: Others,
+    settings: WinogradReLUSettings,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> SparsePlan:
+    """Nothing is changed.
+
+    Raises: TersenetError for a pattern that matches nothing, or if no layer is left.
+    """
+    found, left = convolutions(graph)
+    before = layers_of(graph, mode, others)
+    wanted = selected(graph, include, exclude)
+    plan = SparsePlan(before=[name for name in before if name in wanted])
+    plan.left = {name: why for name, why in left.items() if name not in before}
+    chosen: dict[str, Convolution] = {}
+    for conv in found:
+        reason = _LEFT_OUT if conv.name not in wanted else _hindrance(conv, mode)
+        if reason is None:
+            chosen[conv.name] = conv
+        else:
+            plan.left[conv.name] = reason
+    if mode == "spatial":
+        plan.edits = [Sparsify(module=name) for name in chosen]
+    elif mode == "native":
+        plan.edits = [WinogradDomain(module=name, settings=settings) for name in chosen]
+    else:
+        plan.edits = _with_relus(graph, settings, others, plan, [*chosen])
+    new = [edit.module for edit in plan.edits]
+    plan.layers = [*new, *plan.before]
+    plan.spatial = sum(chosen[name].multiplications() for name in new)
+    plan.products = sum(chosen[name].multiplications(None if mode == "spatial" else settings.tile) for name in new)
+    if not plan.layers:
+        reasons = plan.reasons() or "the network has no convolution"
+        raise TersenetError(f"no layer is left for sparse_winograd ({reasons})")
+    return plan
+
+
+def _hindrance(conv: Convolution, mode: Mode) -> str | None:
+    reason = hindrance(conv.module)
+    if reason is None and conv.module.kernel_size != (3, 3):
+        reason = f"its kernel is {'x'.join(map(str, conv.module.kernel_size))}"
+    if reason is None and mode != "spatial" and min(conv.sides) < 2:
+        reason = f"its map is {conv.outputs[2]}x{conv.outputs[3]}: no tile fits"
+    return reason
+
+
+def _with_relus(
+    graph: ModelGraph, settings: WinogradReLUSettings, others: Others, plan: SparsePlan, names: list[str]
+) -> list[WinogradDomain | Sparsify]:
+    left: dict[str, str] = {}
+    # A layer that falls out may have shared its ReLU with one that then can't have it either; so it is begun anew.
+    while True:
+        relus, none = movable_relus(graph, [name for name in names if name not in left])
+        edits = [WinogradDomain(module=name, settings=settings, relu=relu) for name, relu in relus.items()]
+        wrong = check_moved(graph, edits)
+        left |= none | dict.fromkeys(wrong, "with its ReLU moved the network computes something else")
+        if not none and not wrong:
+            break
+    if others == "leave":
+        plan.left |= left
+        return list(edits)
+    plan.native = left
+    linear = settings.model_copy(update={"relu": False})
+    return [*edits, *(WinogradDomain(module=name, settings=linear) for name in left)]
