@@ -56,6 +56,12 @@ def test_globs_match_names_with_and_without_their_source(part: Any) -> None:
     assert chosen(names, None) == names
 
 
+def spins(name: str) -> Iterator[dict[str, Any]]:
+    yield {"trace": name}
+    while True:
+        pass
+
+
 def hangs(name: str) -> Iterator[dict[str, Any]]:
     yield {"trace": name}
     time.sleep(60)
@@ -79,7 +85,8 @@ def ends(name: str) -> Iterator[dict[str, Any]]:
     ("find", "limit", "expected"),
     [
         (ends, 30, {"trace": "net", "result": "exact"}),
-        (hangs, 0.5, {"trace": "net", "result": "timeout", "reason": "no word for 0 s after trace"}),
+        (hangs, 0.2, {"trace": "net", "result": "timeout", "reason": "no word for 1 s after trace"}),
+        (spins, 1, {"trace": "net", "result": "timeout", "reason": "more than 1 s of the processor after trace"}),
         (fails, 30, {"trace": "net", "result": "error", "reason": "ValueError: no such layer"}),
         (takes_memory, 30, {"result": "memory", "reason": "MemoryError: "}),
     ],

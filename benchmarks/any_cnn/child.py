@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -22,7 +23,7 @@ def watched(find: Finder, name: str, seconds: float, gibibytes: float) -> dict[s
     # Forked, so that a child starts with everything imported and warm: one thread, so nothing can be locked.
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(find, name, theirs, int(seconds), gibibytes))
+    process = context.Process(target=_tell, args=(find, name, theirs, math.ceil(seconds), gibibytes))
     process.start()
     theirs.close()
     found: dict[str, Any] = {}
