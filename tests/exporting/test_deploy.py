@@ -331,6 +331,8 @@ def test_plain_convolutions(file: tuple[nn.Sequential, Path], tmp_path: Path) ->
 
 
 def test_more_than_eight_bits(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     model = nn.Sequential(winograd(2, "ten bits", padding=1))
     tersenet.export(model, tmp_path / "net.onnx", images(2))
     with torch.no_grad():

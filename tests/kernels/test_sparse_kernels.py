@@ -55,7 +55,7 @@ def packed_of(layer: WinogradReLUConv2d, isa: str | None = None) -> SparsePacked
     return pack_sparse(layer.weight.float(), bias, layer.settings.tile, isa, points, relu)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     isa=st.sampled_from(ISAS),
     m=st.sampled_from([2, 4]),

@@ -385,7 +385,7 @@ def test_published_ranks_give_the_ratios_of_the_specification(recipe: str, decom
     ("recipe", "target", "included"),
     [
         ("spatial_decomposition", None, "*"),
-        ("channel_decomposition", "macs=92%", "layer1.*"),
+        pytest.param("channel_decomposition", "macs=92%", "layer1.*", marks=pytest.mark.slow),
         pytest.param("channel_pruning_3c", None, "*", marks=pytest.mark.slow),
     ],
 )
