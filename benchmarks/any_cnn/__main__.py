@@ -47,7 +47,8 @@ def main() -> None:
         done[name, tool] = found
         progress.append(options.progress, name, tool, found)
         print(f"{name} {tool}: {found.get('result')} ({time.perf_counter() - began:.0f} s)", flush=True)
-    result = {"environment": described(), "command": " ".join(["python -m benchmarks.any_cnn", *sys.argv[1:]])}
+    given = " ".join(sys.argv[1:]).replace(str(options.progress), "PROGRESS.jsonl")
+    result = {"environment": described(), "command": f"python -m benchmarks.any_cnn {given}"}
     result["networks"] = progress.table(names, done)
     (HERE / "any_cnn.json").write_text(json.dumps(result, indent=1) + "\n")
     (HERE.parents[1] / "docs" / "any_cnn.md").write_text(page.render(result))
