@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from tersenet.ops.winograd_tiles import Geometry, input_tiles, reach, weight_tap
 _ROUNDED = ("input", "input_winograd", "product", "output")
 
 
-class FoldedLayer(nn.Module):
+class FoldedLayer(nn.Module, ABC):
     """What folded layers share: `compute` between the orders of channels that the layer has. See `OrderedConv2d`."""
 
     gather: Tensor | None
@@ -34,8 +36,9 @@ class FoldedLayer(nn.Module):
         y = self.compute(x)
         return y if self.scatter is None else select_channels(y, 1, self.scatter)
 
+    @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The layer's own result, in its own orders."""
 
 
 class FoldedConv2d(FoldedLayer):
