@@ -24,10 +24,10 @@ from tersenet.environment import environment, installed
 from tersenet.graph.grouping import group_convolutions, mask_groups
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.proof import compare
-from tersenet.lowering.bench import in_turns
 from tersenet.lowering.lower import lower
 from tersenet.lowering.peers import PEERS, Runner
 from tersenet.measuring.macs import count_macs, params_of
+from tersenet.measuring.turns import in_turns
 from tersenet.methods.base import Context
 from tersenet.methods.structured_sparsification import StructuredSparsification
 from tersenet.models.build import build

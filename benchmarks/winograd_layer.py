@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tersenet.environment import environment
 from tersenet.graph.model import ModelGraph
+from tersenet.measuring.turns import in_turns
 from tersenet.methods.winograd_aware import WinogradSwap
 from tersenet.models.build import build
 from tersenet.nn.winograd import WinogradConv2d
@@ -109,19 +110,12 @@ def networks(rounds: int) -> dict[str, Any]:
 
 
 def measured(made: dict[str, nn.Module], x: Tensor, rounds: int, whole: int | None = None) -> dict[str, Any]:
-    times: dict[str, list[float]] = {name: [] for name in made}
     steps = {name: step_of(module, x) for name, module in made.items()}
     for step in steps.values():
         step()
         step()
-    order = list(made)
-    for turn in range(rounds):
-        shift = turn % len(order)
-        for name in order[shift:] + order[:shift]:
-            # On one thread the processor's time: other programs don't count.
-            began = time.thread_time_ns()
-            steps[name]()
-            times[name].append((time.thread_time_ns() - began) / 1e6)
+    # On one thread the processor's time: other programs don't count.
+    times = in_turns(steps, rounds, time.thread_time_ns)
     medians = {name: statistics.median(values) for name, values in times.items()}
     peaks = {name: peak(step) for name, step in steps.items()}
     found: dict[str, Any] = {}

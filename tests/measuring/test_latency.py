@@ -50,7 +50,7 @@ def test_turns_are_interleaved_and_rotate() -> None:
     models: dict[str, nn.Module] = {name: Probe(name) for name in "abc"}
     compare(models, EXAMPLE, runs=3, warmup=1)
     rounds = ["".join(entry[0] for entry in LOG[at : at + 3]) for at in range(0, len(LOG), 3)]
-    assert rounds == ["cab", "abc", "bca", "cab"]
+    assert rounds == ["abc", "bca", "cab", "abc"]
 
 
 def test_runs_in_eval_and_inference_mode_and_channels_last() -> None:

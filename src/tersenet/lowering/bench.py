@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tersenet.graph.copies import copied
 from tersenet.graph.trace import tensors_in
 from tersenet.lowering.lower import Lowered, channels_last, distance, lower
 from tersenet.lowering.peers import PEERS, Runner
+from tersenet.measuring.turns import in_turns
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,6 @@ def bench(
     timings = {name: _timing(times[name], errors[name]) for name in runners}
     where = {**environment("cpu"), **{name: installed(name) for name in ("onnxruntime", "openvino", "ncnn", "MNN")}}
     return Bench(timings, missing, len(inputs[0]), used, rounds, {**where, "threads": used}), fast
-
-
-def in_turns(runners: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each: every round runs each once and starts with another one, so that what slows the machine down
-    slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    order = list(runners)
-    for turn in range(rounds):
-        shift = turn % len(order)
-        for name in order[shift:] + order[:shift]:
-            start = time.perf_counter_ns()
-            runners[name]()
-            times[name].append((time.perf_counter_ns() - start) / 1e6)
-    return times
 
 
 def _timing(times: list[float], error: float) -> Timing:

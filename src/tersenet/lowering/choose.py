@@ -6,7 +6,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tersenet.errors import TersenetError
 from tersenet.kernels import cache
 from tersenet.kernels.compiled import key as key_of_code
 from tersenet.lowering.layers import WINOGRAD, Layer, algorithm, build
+from tersenet.measuring.turns import called_in_turns, timed
 
 _MARGIN = 0.95
 """A Winograd kernel rounds more, so it has to be faster by more than the measurement's own spread."""
@@ -45,29 +47,21 @@ def times_of(layer: Layer, size: Size, choices: Iterable[str]) -> dict[str, floa
 
 
 def measure(kernels: dict[str, nn.Module], layer: Layer, size: Size) -> dict[str, float]:
-    """Median milliseconds of each kernel on noise. Every round runs each once and starts with another one, so that what
-    slows the machine down slows all of them."""
+    """Median milliseconds of each kernel on noise, measured in turns."""
     inputs = [_noise(size)]
     with torch.inference_mode():
         if layer.residual:
             inputs.append(_noise(layer.output_size(size)))
         first = {name: min(_time(kernel, inputs) for _ in range(_WARMUP)) for name, kernel in kernels.items()}
         rounds = min(_ROUNDS[1], max(_ROUNDS[0], int(_SECONDS * 1e3 / max(*first.values(), 1e-3))))
-        found: dict[str, list[float]] = {name: [] for name in kernels}
-        order = list(kernels)
-        for turn in range(rounds):
-            shift = turn % len(order)
-            for name in order[shift:] + order[:shift]:
-                found[name].append(_time(kernels[name], inputs))
+        found = called_in_turns({name: partial(_time, kernel, inputs) for name, kernel in kernels.items()}, rounds)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
 def _time(kernel: nn.Module, inputs: list[Tensor]) -> float:
     # On one thread the time of the processor counts: other programs on the machine don't change it.
-    clock: Callable[[], int] = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
-    start = clock()
-    kernel(*inputs)
-    return (clock() - start) / 1e6
+    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    return timed(partial(kernel, *inputs), clock)
 
 
 def _noise(size: Size) -> Tensor:

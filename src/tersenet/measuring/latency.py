@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tersenet.errors import TersenetError
 from tersenet.graph import copies
 from tersenet.measuring.meta import call, map_tensors, tensors_in
+from tersenet.measuring.turns import called_in_turns
 from tersenet.results import Latency
 
 RUNS = 30
@@ -39,16 +41,9 @@ def compare(
     if runs < 1 or warmup < 0:
         raise TersenetError(f"latency needs runs (={runs}) of at least 1 and warmup (={warmup}) of at least 0")
     prepared = {name: _prepare(model, example) for name, model in models.items()}
-    order = list(prepared)
-    times: dict[str, list[float]] = {name: [] for name in order}
     with torch.inference_mode():
-        for turn in range(-warmup, runs):
-            shift = turn % max(1, len(order))
-            for name in order[shift:] + order[:shift]:
-                elapsed = _time(*prepared[name])
-                if turn >= 0:
-                    times[name].append(elapsed)
-    return {name: _summary(times[name], example, prepared[name][2]) for name in order}
+        times = called_in_turns({name: partial(_time, *ready) for name, ready in prepared.items()}, warmup + runs)
+    return {name: _summary(times[name][warmup:], example, prepared[name][2]) for name in prepared}
 
 
 _Prepared = tuple[nn.Module, Any, torch.device]
