@@ -80,7 +80,7 @@ def weakest_removed(graph: ModelGraph) -> Kept:
             continue
         square = torch.zeros(group.size, dtype=torch.float64)
         for weight, axis, places in graph.filters(group):
-            filters = weight.detach().movedim(axis, 0).flatten(1).double().square().sum(1)
+            filters = torch.linalg.vector_norm(weight.detach().movedim(axis, 0).flatten(1).double(), dim=1).square()
             square += filters[torch.from_numpy(places)].sum(1)
         order = torch.argsort(square, descending=True, stable=True)
         kept[group.name] = np.sort(order[: group.size - int(group.size * RATE)].numpy())

@@ -9,6 +9,7 @@ tensors' axes, its integer sizes and its ReLUs.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import numpy as np
@@ -215,7 +216,16 @@ def _slice_tensor(
         last = keep[-1] if len(keep) else "nothing"
         raise GraphError(f"edit keeps index {last} of axis {axis} of {name!r}, whose shape is {tuple(tensor.shape)}")
     if id(tensor) not in made:
-        kept = tensor.detach().index_select(axis, torch.from_numpy(keep).to(tensor.device))
+        kept = _picked(tensor.detach(), axis, keep)
         made[id(tensor)] = nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
     # Assigning keeps a buffer a buffer, and its persistence.
     setattr(owner, leaf, made[id(tensor)])
+
+
+def _picked(tensor: torch.Tensor, axis: int, keep: NDArray[np.int64]) -> torch.Tensor:
+    shape = (*tensor.shape[:axis], len(keep), *tensor.shape[axis + 1 :])
+    if tensor.is_meta:
+        return torch.empty(shape, device="meta", dtype=tensor.dtype)
+    # A kernel of one value: nearly twice as fast where torch knows that there are no axes behind.
+    flat = tensor.flatten(axis) if math.prod(tensor.shape[axis:]) == tensor.shape[axis] else tensor
+    return flat.index_select(axis, torch.from_numpy(keep).to(tensor.device)).view(shape)

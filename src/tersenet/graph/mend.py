@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from tersenet.graph import lookup
@@ -27,11 +26,10 @@ from tersenet.graph.choices import repeating
 from tersenet.graph.dispatch import Dispatch
 from tersenet.graph.edits import is_size
 from tersenet.graph.labels import Labelling, NDArrayBool, varying
+from tersenet.graph.shapes import on_meta
 from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running, same_operator, tensors_in
 from tersenet.graph.units import Units
 
-_UNARY = frozenset("relu hardtanh leaky_relu elu silu gelu mish sigmoid tanh hardswish hardsigmoid _softmax".split())
-_BINARY = frozenset("add sub mul div".split())
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,17 @@ class Sizes:
         self.trace = trace
         self.found = found
         self.removed = removed
+        self._counted: dict[tuple[Any, ...], int] = {}
 
     def shape(self, held: list[Tensor]) -> tuple[int, ...]:
         shape = [*held[0].shape]
         for labels in held:
             for axis in varying(labels):
-                shape[axis] = min(shape[axis], self.count(labels, axis, labels.shape[axis]))
+                # Most operators hand on the labels that they get.
+                key = labels.data_ptr(), labels.shape, labels.stride(), axis
+                if key not in self._counted:
+                    self._counted[key] = self.count(labels, axis, labels.shape[axis])
+                shape[axis] = min(shape[axis], self._counted[key])
         return tuple(shape)
 
     def count(self, labels: Tensor, axis: int, stop: int) -> int:
@@ -155,10 +158,12 @@ def _dim(op: Op, place: int) -> int:
 class _Compare(Dispatch):
     """Checks every operator of the smaller copy against the trace."""
 
-    def __init__(self, trace: Trace, sizes: Sizes) -> None:
+    def __init__(self, trace: Trace, sizes: Sizes, empty: bool) -> None:
+        """Args: empty: the copy and its inputs are on `meta`."""
         super().__init__()
         self.trace = trace
         self.sizes = sizes
+        self.empty = empty
         self.number = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -170,7 +175,7 @@ class _Compare(Dispatch):
         for old, new in zip(self.trace.ops[self.number].args, args, strict=False):
             if isinstance(old, float) and isinstance(new, float) and old != new:
                 raise _Stale(self.number, f"it computes with {new:.4g} in place of {old:.4g}")
-        result: Any = _same_shape(func, args, kwargs or {})
+        result: Any = on_meta(func, args, kwargs or {}) if self.empty else func(*args, **(kwargs or {}))
         results: list[Any] = list(result) if isinstance(result, (list, tuple)) else [result]
         shapes = self.sizes.expected(self.number)
         if any(shape is not None for shape in shapes) and len(shapes) != len(results):
@@ -185,26 +190,9 @@ def _fits(made: Tensor, shape: tuple[int, ...]) -> bool:
     return made.dim() == len(shape) and all(b in (-1, a) for a, b in zip(made.shape, shape, strict=True))
 
 
-def _same_shape(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operator; on meta, where torch would compute a shape by many small steps, the one it must be."""
-    first = args[0] if args else None
-    if not isinstance(first, Tensor) or not first.is_meta:
-        return func(*args, **kwargs)
-    name = func._schema.name.removeprefix("aten::")
-    if name == "native_batch_norm" and not args[5]:
-        return torch.empty_like(first), first.new_empty(0), first.new_empty(0)
-    second = args[1] if len(args) > 1 else None
-    alike = isinstance(second, (int, float)) or (isinstance(second, Tensor) and second.shape == first.shape)
-    if first.is_floating_point() and (name in _UNARY or (name in _BINARY and alike)):
-        return torch.empty_like(first)
-    if first.is_floating_point() and name[-1] == "_" and (name[:-1] in _UNARY or (name[:-1] in _BINARY and alike)):
-        return first
-    return func(*args, **kwargs)
-
-
 def first_difference(copy: nn.Module, example: Any, trace: Trace, sizes: Sizes) -> tuple[int, str] | None:
     """The operator at which a smaller copy leaves what the labels say, and how; None if it never does."""
-    compare = _Compare(trace, sizes)
+    compare = _Compare(trace, sizes, empty=tensors_in(example)[0].is_meta)
     try:
         with running(copy), repeating(tensors_in(example), trace.choices), compare:
             copy(*example)

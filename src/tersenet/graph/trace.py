@@ -23,6 +23,7 @@ from tersenet.errors import GraphError
 from tersenet.graph import lookup
 from tersenet.graph.choices import Choice, Choices, is_choice
 from tersenet.graph.dispatch import Dispatch
+from tersenet.graph.shapes import PRODUCTS, product_shape
 from tersenet.graph.undo import structure_of
 from tersenet.nn.adapter import ChannelAdapter
 from tersenet.nn.winograd_quantizer import directly
@@ -30,8 +31,6 @@ from tersenet.nn.winograd_quantizer import directly
 _aten = torch.ops.aten
 SAME = frozenset([_aten.detach.default, _aten.alias.default, _aten.clone.default])
 """Operators that are not counted: the same values. How often torch copies depends on sizes and memory order."""
-_PRODUCTS = frozenset([_aten.convolution.default, _aten.addmm.default, _aten.mm.default])
-"""Operators that take nearly all of a network's time."""
 _VIEWS = frozenset([_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default])
 
 
@@ -223,6 +222,9 @@ def refs_in(value: Any) -> list[Ref]:
 
 def _zeros_of(func: Any, args: Any) -> Tensor:
     """What an operator makes, but zeros: as long as nothing is chosen by values, only the shape counts."""
+    shape = product_shape(func, args)
+    if shape is not None:
+        return torch.zeros(shape, dtype=args[0].dtype, device=args[0].device)
     like = func(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=args[0].device).zero_()
 
@@ -249,7 +251,7 @@ class _Recorder(Dispatch):
         if self._choices is None and is_choice(func, args):
             self.choosing = True
             raise _Choosing
-        skipped = self._choices is None and func in _PRODUCTS
+        skipped = self._choices is None and func in PRODUCTS
         result = _zeros_of(func, args) if skipped else func(*args, **(kwargs or {}))
         if self.found.chosen_from is None and any(choice.by_values for choice in self.found.choices[-1:]):
             self.found.chosen_from = len(self.found.ops)

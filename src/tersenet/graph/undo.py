@@ -25,15 +25,15 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
     saved: list[tuple[Any, Any]] = []
     for module in named_modules(model).values():
         own = module.__dict__
-        saved.append((own, dict(own)))
-        for name in own.keys() - _LEFT_ALONE:
-            value = own[name]
-            if isinstance(value, (dict, list, set)):
+        saved.append((own, own.copy()))
+        for name, value in own.items():
+            if isinstance(value, (dict, list, set)) and name not in _LEFT_ALONE:
                 saved.append((value, value.copy()))  # pyright: ignore
 
     def restore() -> None:
         for held, before in saved:
-            _put_back(held, before)
+            if held or before:
+                _put_back(held, before)
 
     return restore
 

@@ -58,8 +58,11 @@ def build_units(found: Labelling) -> Units:
         places = of[labels]
         frozen[places] = np.where(frozen[places] == 0, reasons.index(reason), frozen[places])
 
-    signature = _signatures(found.ends, of, frozen)
-    return Units(of, _groups(found, of, frozen, reasons, signature))
+    # Most ends carry the very channels of others, such as a convolution, its batch norm and what reads it.
+    known: dict[bytes, IntArray] = {}
+    carried = [known.setdefault(units.tobytes(), units) for units in (of[end.labels] for end in found.ends)]
+    signature = _signatures(list(known.values()), frozen)
+    return Units(of, _groups(found, of, carried, frozen, reasons, signature))
 
 
 def _components(merges: list[tuple[IntArray, IntArray]], count: int) -> IntArray:
@@ -98,37 +101,44 @@ def _along(units: IntArray, axis: int) -> tuple[int, IntArray, IntArray]:
     return int(_components([(firsts[differs], places[differs])], len(names)).max()) + 1, a, b
 
 
-def _signatures(ends: list[End], of: IntArray, frozen: IntArray) -> IntArray:
-    """One number per unit, equal for units that touch the same ends equally often and are frozen alike."""
+def _signatures(carried: list[IntArray], frozen: IntArray) -> IntArray:
+    """One number per unit, equal for units that touch the same ends equally often and are frozen alike.
+
+    Args: carried: the units along each end; once where two carry the same.
+    """
     signature = frozen.copy()
-    for end in ends:
-        units, times = np.unique(of[end.labels], return_counts=True)
+    for along in carried:
+        units, times = np.unique(along, return_counts=True)
         _, inverse = np.unique(signature[units] * (times.max() + 1) + times, return_inverse=True)
         signature[units] = signature.max() + 1 + inverse
     return signature
 
 
 def _groups(
-    found: Labelling, of: IntArray, frozen: IntArray, reasons: list[str], signature: IntArray
+    found: Labelling, of: IntArray, carried: list[IntArray], frozen: IntArray, reasons: list[str], signature: IntArray
 ) -> tuple[ChannelGroup, ...]:
+    """Args: carried: the units along each end, one array for ends that carry the same."""
+    keys = {id(along): np.unique(signature[along]).tolist() for along in carried}
     touched: dict[int, list[int]] = {}
-    for index, end in enumerate(found.ends):
-        for key in np.unique(signature[of[end.labels]]):
-            touched.setdefault(int(key), []).append(index)
+    for index, along in enumerate(carried):
+        for key in keys[id(along)]:
+            touched.setdefault(key, []).append(index)
     groups: list[ChannelGroup] = []
     names: dict[str, int] = {}
     for key, indices in touched.items():
         makers = [i for i in indices if found.ends[i].role == "produce"]
         if not makers:
             continue
-        first = of[found.ends[makers[0]].labels]
+        first = carried[makers[0]]
         units = first[signature[first] == key]
         units = units[np.sort(np.unique(units, return_index=True)[1])]
-        members = tuple(Member(i, _places(of[found.ends[i].labels], units)) for i in indices)
+        distinct = {id(carried[i]): carried[i] for i in indices}
+        places = {name: _places(along, units) for name, along in distinct.items()}
+        members = tuple(Member(i, places[id(carried[i])]) for i in indices)
         reason = reasons[int(frozen[units[0]])]
         scatter = None
         if not reason:
-            scatter, reason = _scatter_end(found, of[found.ends[makers[0]].labels], of, indices)
+            scatter, reason = _scatter_end(found, first, of, indices)
         name = found.ends[makers[0]].layer
         names[name] = names.get(name, 0) + 1
         groups.append(
