@@ -31,7 +31,6 @@ from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running, sa
 from tersenet.graph.units import Units
 
 
-
 @dataclass(frozen=True)
 class Literal:
     """A number among an operator's arguments: `argument` and, in a list, `index`."""

@@ -76,7 +76,9 @@ class ModelGraph:
 
     def _freeze_swapped(self, found: Labelling) -> None:
         """Everything, where scales of a quantizer or weights of a Winograd domain would have to be cut too."""
-        layer = next((name for name, module in lookup.named_modules(self.model).items() if _holds_channels(module)), None)
+        layer = next(
+            (name for name, module in lookup.named_modules(self.model).items() if _holds_channels(module)), None
+        )
         if layer is not None:
             reason = (
                 f"{layer} has weights of the Winograd domain, masks, or scales per channel: prune before the "

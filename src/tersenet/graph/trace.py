@@ -23,7 +23,7 @@ from tersenet.errors import GraphError
 from tersenet.graph import lookup
 from tersenet.graph.choices import Choice, Choices, is_choice
 from tersenet.graph.dispatch import Dispatch
-from tersenet.graph.shapes import PRODUCTS, product_shape
+from tersenet.graph.shapes import PRODUCTS, empty_product
 from tersenet.graph.undo import structure_of
 from tersenet.nn.adapter import ChannelAdapter
 from tersenet.nn.winograd_quantizer import directly
@@ -222,9 +222,9 @@ def refs_in(value: Any) -> list[Ref]:
 
 def _zeros_of(func: Any, args: Any) -> Tensor:
     """What an operator makes, but zeros: as long as nothing is chosen by values, only the shape counts."""
-    shape = product_shape(func, args)
-    if shape is not None:
-        return torch.zeros(shape, dtype=args[0].dtype, device=args[0].device)
+    made = empty_product(func, args)
+    if made is not None:
+        return made.zero_()
     like = func(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=args[0].device).zero_()
 

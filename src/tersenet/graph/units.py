@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from tersenet.graph.labels import End, IntArray, Labelling, Table
+from tersenet.graph.labels import IntArray, Labelling, Table
 
 
 @dataclass(frozen=True)
