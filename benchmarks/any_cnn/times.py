@@ -19,9 +19,9 @@ from torch import nn
 from tersenet.graph.compact import compact
 from tersenet.graph.model import ModelGraph
 
-FAST, ROUNDS = 2.0, 3
+FAST, ROUNDS = 1.5, 3
 """What takes less than `FAST` seconds is done `ROUNDS` times."""
-SECONDS, LEAST, MOST = 6.0, 5, 50
+SECONDS, LEAST, MOST = 2.0, 5, 50
 
 
 def prune(name: str, peer: bool) -> Iterator[dict[str, Any]]:
