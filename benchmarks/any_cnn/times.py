@@ -30,10 +30,10 @@ def prune(name: str, peer: bool) -> Iterator[dict[str, Any]]:
     tools = {"ours_s": _ours, **({"peer_s": remove_half} if peer else {})}
     rounds: list[dict[str, float]] = []
     while not rounds or (len(rounds) < ROUNDS and sum(rounds[0].values()) < FAST):
-        rounds.append({key: _seconds(tool, build(name)) for key, tool in tools.items()})
+        subjects = {key: build(name) for key in tools}
+        rounds.append({key: _seconds(tool, subjects[key]) for key, tool in tools.items()})
     yield {**{key: statistics.median(r[key] for r in rounds) for key in tools}, "rounds": len(rounds)}
-    whole, pruned = build(name), build(name)
-    _ours(pruned)
+    whole, pruned = build(name), subjects["ours_s"]
     models = [whole.model.float(), pruned.model.float()]
     example = whole.example(whole.size)
     times: list[list[float]] = [[], []]
