@@ -2,9 +2,10 @@
 
     python -m benchmarks.structured_resnet50
 
-Random weights, 224 x 224, batch 1: this is about equality and time, not accuracy. The dense and the grouped network run
-in turns on torch eager, ONNX Runtime and as lowered networks, on one and on two threads; nothing else should run. Needs
-onnx, onnxscript and onnxruntime. Writes structured_resnet50.json beside this file.
+Random weights, 224 x 224, batch 1: this is about equality and time, not accuracy. The dense network, the grouped one
+and the grouped one with one order on each trunk run in turns on torch eager, ONNX Runtime and as lowered networks, on
+one and on two threads; nothing else should run. Needs onnx, onnxscript and onnxruntime. Writes structured_resnet50.json
+beside this file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from benchmarks.cifar_resnet import CPU
@@ -37,29 +38,33 @@ from tersenet.train.settings import Fit
 SPARSITY = 0.65
 ROUNDS = 30
 IMAGE = (1, 3, 224, 224)
+TRUNKS: tuple[Literal["own", "shared"], ...] = ("own", "shared")
+KINDS = ("eager", "onnxruntime", "lowered")
 
 
 def main() -> None:
     torch.manual_seed(0)
     dense = build("resnet50").eval()
-    grouped, found = sparsified(dense)
+    networks, found = {"dense": dense}, dict[str, Any]()
+    for trunks in TRUNKS:
+        networks[trunks], found[trunks] = sparsified(dense, trunks)
     result = {
         "claim": "latency of a grouped ResNet-50 against the dense one, beside its multiply-adds",
         "environment": {**environment("cpu"), "onnxruntime": installed("onnxruntime")},
         "command": "python -m benchmarks.structured_resnet50",
         "sparsity": SPARSITY,
         **found,
-        "latency": [timed(dense, grouped, threads) for threads in (1, 2)],
+        "latency": [timed(networks, threads) for threads in (1, 2)],
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
-def sparsified(dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def sparsified(dense: nn.Module, trunks: Literal["own", "shared"]) -> tuple[nn.Module, dict[str, Any]]:
     """The grouped network, and how it compares with the masked one."""
     example = (torch.zeros(IMAGE),)
     graph = ModelGraph(copy.deepcopy(dense), example)
-    method = StructuredSparsification(fit=Fit(epochs=6), sparsity=SPARSITY)
+    method = StructuredSparsification(fit=Fit(epochs=6), sparsity=SPARSITY, trunks=trunks)
     hooks = method.hooks(graph, Context(device=CPU, seed=0))
     groupings = hooks.decide()
     mask_groups(hooks.graph, groupings)
@@ -76,14 +81,14 @@ def sparsified(dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def timed(dense: nn.Module, grouped: nn.Module, threads: int) -> dict[str, Any]:
-    """Milliseconds of both on each runtime, all in turns, and the largest relative errors of the outputs."""
+def timed(networks: dict[str, nn.Module], threads: int) -> dict[str, Any]:
+    """Milliseconds of all on each runtime, in turns, and the largest relative errors of the outputs."""
     torch.set_num_threads(threads)
     inputs = (torch.randn(IMAGE),)
     runners: dict[str, Runner] = {}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        expected = {"dense": dense(*inputs), "grouped": grouped(*inputs)}
-        for name, model in (("dense", dense), ("grouped", grouped)):
+        expected = {name: model(*inputs) for name, model in networks.items()}
+        for name, model in networks.items():
             with torch.inference_mode(False):
                 fast = lower(model, (torch.zeros(IMAGE),))
             runners[f"lowered {name}"] = lambda fast=fast: [fast(*inputs)]
@@ -93,8 +98,12 @@ def timed(dense: nn.Module, grouped: nn.Module, threads: int) -> dict[str, Any]:
                 runners[f"{peer} {name}"] = PEERS[peer](model, inputs, threads, place)
         errors = {key: _error(run()[0], expected[key.split()[1]]) for key, run in runners.items()}
         times = {key: statistics.median(values) for key, values in in_turns(runners, ROUNDS).items()}
-    ratios = {kind: times[f"{kind} grouped"] / times[f"{kind} dense"] for kind in ("eager", "onnxruntime", "lowered")}
-    return {"threads": threads, "rounds": ROUNDS, "median_ms": times, "grouped_over_dense": ratios, "errors": errors}
+    ratios = {
+        f"{name}_over_dense": {kind: times[f"{kind} {name}"] / times[f"{kind} dense"] for kind in KINDS}
+        for name in networks
+        if name != "dense"
+    }
+    return {"threads": threads, "rounds": ROUNDS, "median_ms": times, **ratios, "errors": errors}
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -104,6 +104,7 @@ class Pipeline:
         graph = ModelGraph(model, example_of(model, batch=2))
         context = self._context(model, self.before or self._measure(model, None))
         context.progress = Progress(folder / "progress")
+        context.original = lambda: self._uncompressed(index)
         step.apply(graph, context)
         rows: list[dict[str, Any]] = []
         if isinstance(step, TrainingMethod) and self.data is not None:
@@ -131,6 +132,7 @@ class Pipeline:
             masked=context.masked,
             curves=rows,
             fits=context.fits,
+            maps=context.maps,
             notes=context.notes,
         )
         self.run.finish(result)
@@ -171,6 +173,14 @@ class Pipeline:
         """The uncompressed network; before the first compressing step, the one that is there."""
         if self.before is None:
             return copied(model)
+        return self._load(self.run.folder / "before")
+
+    def _uncompressed(self, index: int) -> nn.Module | None:
+        """The network that came to the first compressing step, for a later one; None where a step has trained since."""
+        steps = self.recipe.steps[:index]
+        first = next((place for place, step in enumerate(steps) if step.method != "train"), None)
+        if first is None or any(isinstance(step, TrainingMethod) for step in steps[first:]):
+            return None
         return self._load(self.run.folder / "before")
 
     def _save(self, model: nn.Module, folder: Path) -> None:

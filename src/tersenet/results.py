@@ -5,7 +5,7 @@ Units: MACs and parameters are counts, sizes are bytes, times are milliseconds, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -108,6 +108,21 @@ class LayerFit(_Record):
     output_error: float | None = Field(default=None, description="error of the network's output at this point")
 
 
+class GroupMap(_Record):
+    """A layer's kernel norms in the order of its channels at one time of training, and its groups then."""
+
+    name: str
+    epoch: int = Field(description="epochs trained by then")
+    groups: int = Field(ge=1)
+    kept: float = Field(description="share of the norm that lies inside the groups")
+    cells: list[Annotated[str, Field(pattern="^[0-9a-f]{1,16}$")]] = Field(
+        min_length=1,
+        max_length=16,
+        description="the matrix, output channels by input channels, at most 16 cells each way: a text per row, a "
+        "hexadecimal digit per cell, f for the largest mean norm",
+    )
+
+
 class StepResult(_Record):
     """One step of the recipe. `curves` has one row per epoch, its keys name the columns."""
 
@@ -120,6 +135,7 @@ class StepResult(_Record):
     masked: Accuracy | None = Field(default=None, description="accuracy with the zeros still in, before compaction")
     curves: list[dict[str, Any]] = Field(default_factory=list)
     fits: list[LayerFit] = Field(default_factory=list, description="in the order in which they were made")
+    maps: list[GroupMap] = Field(default_factory=list, description="of learned groups, by time and layer")
     notes: list[str] = Field(default_factory=list)
 
 

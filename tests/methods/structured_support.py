@@ -12,7 +12,8 @@ from torch import nn
 from graph_support import randomise
 from tersenet.graph.grouping import Groupable, Grouping, groupable
 from tersenet.graph.model import ModelGraph
-from tersenet.methods.structured_sparsification import GroupLearning, StructuredSparsification
+from tersenet.group_learning.hooks import GroupLearning
+from tersenet.methods.structured_sparsification import StructuredSparsification
 from tersenet.nn.group_shuffle import GroupShuffleConv2d
 from tersenet.ops.channel_order import Order
 from tersenet.recipe_target import Target

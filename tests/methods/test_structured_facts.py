@@ -21,9 +21,9 @@ from tersenet.graph.edits import Group
 from tersenet.graph.grouping import Grouping, group_convolutions, groupable, kernel_norms, mask_groups
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.record import attach
+from tersenet.group_learning.hooks import GroupLearning
 from tersenet.measuring.macs import count_macs, params_of
 from tersenet.methods.magnitude import Magnitude
-from tersenet.methods.structured_sparsification import GroupLearning
 from tersenet.methods.train import Train
 from tersenet.models.build import build_skeleton
 from tersenet.models.resnet import Bottleneck, ResNet
@@ -86,10 +86,10 @@ def test_fact_10_random_weights_come_to_two_groups() -> None:
     hooks = hooks_on(resnet_cifar(20), settings(rounds=1), shape=(3, 32, 32))
     # Without learning the order: about half of every layer's norm lies in either of two groups.
     kept = hooks.norms_kept(hooks.norms(hooks.graph.model))
-    levels = hooks.levels_at(global_threshold(lambda q: hooks.saved_by(hooks.levels_at(q, kept)), 0.4), kept)
+    levels = hooks.levels_at(global_threshold(lambda q: hooks.costs.saved(hooks.levels_at(q, kept)), 0.4), kept)
     assert len(levels) == 18
     assert set(levels.values()) <= {1, 2}
-    assert 0.4 <= hooks.saved_by(levels) <= 0.5
+    assert 0.4 <= hooks.costs.saved(levels) <= 0.5
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -125,10 +125,10 @@ class Chain(nn.Sequential):
 # trunk of which one layer may choose the order, and for each side that only plain layers are on.
 FUSED = {
     "chain": (Chain, 4, 1),
-    "basic": (lambda: resnet_cifar(8, width=8), 12, 9),
+    "basic": (lambda: resnet_cifar(8, width=8), 12, 8),
     "projection": (lambda: resnet_cifar(8, width=8, projection=True), 16, 10),
     "bottleneck": (lambda: ResNet(Bottleneck, (1, 1, 1, 1), 4, 3, 8), 32, 19),
-    "dense": (DenseNet, 6, 3),
+    "dense": (DenseNet, 6, 1),
 }
 
 
@@ -249,12 +249,12 @@ def test_fact_15_odd_and_dead_layers() -> None:
 
 
 def test_fact_16_blocks_put_out_channels_in_the_old_order() -> None:
-    """Without channels in common with other blocks, no layer of the trunk has to change with them."""
+    """No layer of a trunk has to change with the others. (Fused, a trunk can get another order.)"""
     graph = graph_of(resnet_cifar(8, width=8))
     groupings = {x.name: random_grouping(x, 4, i) for i, x in enumerate(layers_of(graph))}
     mask_groups(graph, groupings)
     masked = copy.deepcopy(graph.model)
-    group_convolutions(graph, groupings)
+    group_convolutions(graph, groupings, fuse=False)
     x = torch.randn(2, 8, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         a, b = (model.get_submodule("layer1")(x) for model in (masked, graph.model))
@@ -313,6 +313,8 @@ def test_fact_19_the_sparse_phase_goes_on_where_it_stopped(tmp_path: Path) -> No
     again = run(resumed, last, method.fit, tmp_path / "checkpoint.pt")
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in again]
     assert (first.strength, first.saved, first.levels) == (last.strength, last.saved, last.levels)
+    assert first.maps == last.maps
+    assert {shown.epoch for shown in first.maps} == {0, 1, 2, 3}
     for name, order in first.orders.items():
         assert np.array_equal(order.rows, last.orders[name].rows)
         assert np.array_equal(order.columns, last.orders[name].columns)

@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from tersenet.ops.channel_order import (
     Order,
     Problem,
+    Tie,
     improved,
     improved_all,
     inverse,
@@ -203,6 +204,54 @@ def test_threads_change_nothing() -> None:
         assert problem.cost(one[name]) < problem.cost(problem.start)
 
 
+TIES: tuple[Tie, ...] = ((("a", "rows"), ("b", "rows"), ("c", "columns")), (("b", "columns"), ("d", "columns")))
+
+
+def tied_problems(seed: int) -> dict[str, Problem]:
+    """a, b, c, d hang together; e is by itself, and f has nothing to order."""
+    sizes = {"a": (8, 12), "b": (8, 16), "c": (4, 8), "d": (6, 16), "e": (16, 8), "f": (9, 3)}
+    return {name: problem_of(random_norms(*size, seed + i)) for i, (name, size) in enumerate(sizes.items())}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 2))
+def test_tied_sides_have_one_order(seed: int, restarts: int) -> None:
+    problems = tied_problems(seed)
+    found = improved_all(problems, 20, restarts, seed, ties=TIES)
+    assert list(found) == list(problems)
+    assert np.array_equal(found["a"].rows, found["b"].rows)
+    assert np.array_equal(found["a"].rows, found["c"].columns)
+    assert np.array_equal(found["b"].columns, found["d"].columns)
+    for name, order in found.items():
+        assert np.array_equal(np.sort(order.rows), np.arange(len(order.rows)))
+        assert np.array_equal(np.sort(order.columns), np.arange(len(order.columns)))
+        assert problems[name].S.shape == order.of(problems[name].S).shape
+    tied = ("a", "b", "c", "d")
+    assert sum(problems[n].cost(found[n]) for n in tied) <= sum(problems[n].cost(problems[n].start) for n in tied)
+    alone = improved_all({"e": problems["e"]}, 20)["e"]
+    if not restarts:
+        assert np.array_equal(found["e"].rows, alone.rows), "what others are tied to changes nothing here"
+    again = {name: problem_of(problem.S, found[name]) for name, problem in problems.items()}
+    settled = improved_all(again, 100, ties=TIES)
+    twice = improved_all({n: problem_of(p.S, settled[n]) for n, p in problems.items()}, 100, ties=TIES)
+    assert all(np.array_equal(settled[n].rows, twice[n].rows) for n in problems)
+
+
+def test_a_step_of_tied_sides_is_optimal() -> None:
+    """Against all permutations, of the sum of both layers' costs."""
+    problems = {"a": problem_of(random_norms(4, 4, 1)), "b": problem_of(random_norms(6, 4, 2))}
+    found = improved_all(problems, 1, ties=[(("a", "rows"), ("b", "columns"))])
+
+    def cost_with(permutation: Any) -> float:
+        order = np.array(permutation)
+        start = {name: problem.start for name, problem in problems.items()}
+        a, b = Order(order, start["a"].columns), Order(start["b"].rows, order)
+        return problems["a"].cost(a) + problems["b"].cost(b)
+
+    # The ties change first, from the start's orders of the other sides.
+    assert cost_with(found["a"].rows) == pytest.approx(min(map(cost_with, itertools.permutations(range(4)))), abs=1e-12)
+
+
 def test_fact_07_the_level() -> None:
     uniform = np.ones((8, 8))
     assert [level_of(uniform, q) for q in (0.1, 0.49, 0.51, 0.76)] == [1, 1, 2, 3]
@@ -253,6 +302,7 @@ def test_the_proportional_controller() -> None:
     assert step(0.0, 0.0, 5) == pytest.approx(4.0), "the same gap in half the time"
     assert step(0.3, 0.25, 4) == pytest.approx(0.0), "at the pace that is needed"
     assert step(0.6, 0.6, 2) == pytest.approx(-2.0), "above the goal"
+    assert step(0.5, 0.1, 4) == pytest.approx(-5.0), "far ahead of the pace: not below half"
 
 
 def test_fact_10_the_threshold_search() -> None:

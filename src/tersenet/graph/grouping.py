@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,11 @@ from tersenet.graph.select import check_patterns, matches_any
 from tersenet.graph.shrink import all_names, axis_in
 from tersenet.graph.undo import structure_of
 from tersenet.graph.units import ChannelGroup
-from tersenet.ops.channel_order import Order, inverse
+from tersenet.ops.channel_order import Order, Side, Tie, inverse
 from tersenet.ops.group_levels import relationship_matrix
 from tersenet.results import Equality
+
+_SIDES: dict[str, Side] = {"produce": "rows", "consume": "columns"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,24 @@ def groupable(
             f"no layer is left to group ({reasons or 'the network has no Conv2d'}); see include and exclude"
         )
     return found, left
+
+
+def trunk_ties(graph: ModelGraph, layers: Collection[str]) -> list[Tie]:
+    """The sides of `layers` that would need no gather if they had one order: those on a residual trunk, and those of
+    several layers that read what none of them makes. Only where the network's channels can be put in another order.
+
+    A layer that reads the trunk that it writes to is tied by what it writes.
+    """
+    ties: list[Tie] = []
+    for group in graph.groups:
+        if not _can_be_reordered(graph, group):
+            continue
+        sides: dict[str, Side] = {}
+        for layer, side in _whole_sides(graph, group, layers):
+            sides.setdefault(layer, side)
+        if len(sides) > 1 and (len(group.producers) > 1 or "rows" not in sides.values()):
+            ties.append(tuple(sides.items()))
+    return ties
 
 
 def kernel_norms(weight: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -156,45 +176,64 @@ def _edits(
 ) -> tuple[list[Reorder], dict[str, Grouping]]:
     """The groups' new orders as edits, and the groupings as they are after them."""
     names = all_names(graph.model)
-    rows = {name: grouping.order.rows for name, grouping in groupings.items()}
-    columns = {name: grouping.order.columns for name, grouping in groupings.items()}
-    edits: list[Reorder] = []
+    moved: dict[tuple[tuple[str, ...], int], IntArray] = {}
     for group_name, order in orders.items():
-        group = graph.group(group_name)
-        axes: dict[tuple[str, int], Axis] = {}
-        for end in (graph.ends[member.end] for member in group.members):
+        for member in graph.group(group_name).members:
+            end, places = graph.ends[member.end], member.places[:, 0]
             for tensor in end.tensors:
-                axis = axis_in(end, graph.tensor(tensor).dim())
-                axes[tensor, axis] = Axis(tensors=tuple(names[tensor]), axis=axis)
-            side = {"produce": rows, "consume": columns}.get(end.role, {})
-            if end.layer in side:
-                side[end.layer] = inverse(order)[side[end.layer]]
-        edits.append(Reorder(group=group_name, order=tuple(order.tolist()), axes=tuple(axes.values())))
-    return edits, {n: Grouping(g.groups, Order(rows[n], columns[n])) for n, g in groupings.items()}
+                at = tuple(names[tensor]), axis_in(end, graph.tensor(tensor).dim())
+                # Of a concatenation, a group has some of the places, and other groups the others.
+                moved.setdefault(at, np.arange(len(end.labels)))[places] = places[order]
+    edits: dict[bytes, Reorder] = {}
+    for (tensors, axis), order in moved.items():
+        known = edits.get(order.tobytes())
+        axes = (*(known.axes if known else ()), Axis(tensors=tensors, axis=axis))
+        group = known.group if known else tensors[0].rpartition(".")[0]
+        edits[order.tobytes()] = Reorder(group=group, order=tuple(order.tolist()), axes=axes)
+
+    def placed(name: str, channels: IntArray, axis: int) -> IntArray:
+        order = moved.get((tuple(names[f"{name}.weight"]), axis))
+        return channels if order is None else inverse(order)[channels]
+
+    after = {
+        name: Grouping(g.groups, Order(placed(name, g.order.rows, 0), placed(name, g.order.columns, 1)))
+        for name, g in groupings.items()
+    }
+    return list(edits.values()), after
 
 
 def _common_orders(graph: ModelGraph, groupings: Mapping[str, Grouping]) -> dict[str, IntArray]:
     """Channel group -> the order of the first grouped layer that makes it, or else of the first that reads it."""
     found: dict[str, IntArray] = {}
     for group in graph.groups:
-        if group.frozen is not None or not _can_be_reordered(graph, group):
+        if not _can_be_reordered(graph, group):
             continue
-        ends = [graph.ends[member.end] for member in group.members]
-        made = [groupings[e.layer].order.rows for e in ends if e.role == "produce" and e.layer in groupings]
-        read = [groupings[e.layer].order.columns for e in ends if e.role == "consume" and e.layer in groupings]
-        order = next(iter([*made, *read]), None)
-        if order is not None and not np.array_equal(order, np.arange(group.size)):
-            found[group.name] = order
+        sides = _whole_sides(graph, group, groupings)
+        known = [getattr(groupings[layer].order, side) for layer, side in sides]
+        if known and not np.array_equal(known[0], np.arange(group.size)):
+            found[group.name] = known[0]
     return found
 
 
 def _can_be_reordered(graph: ModelGraph, group: ChannelGroup) -> bool:
-    """Whether the channels lie in the same order, and nothing else beside them, wherever they are."""
-    in_order = np.arange(group.size)[:, None]
-    return all(
-        len(graph.ends[member.end].labels) == group.size and np.array_equal(member.places, in_order)
-        for member in group.members
-    )
+    """Whether each channel has one place wherever it is, and every tensor there has all places of its end."""
+    if group.frozen is not None or any(member.places.shape[1] != 1 for member in group.members):
+        return False
+    ends = (graph.ends[member.end] for member in group.members)
+    tensors = ((end, graph.tensor(name)) for end in ends for name in end.tensors)
+    return all(tensor.shape[axis_in(end, tensor.dim())] == len(end.labels) for end, tensor in tensors)
+
+
+def _whole_sides(graph: ModelGraph, group: ChannelGroup, layers: Collection[str]) -> list[tuple[str, Side]]:
+    """The sides of `layers` that hold these channels, in this order and no others; first those that make them."""
+    found: list[tuple[str, Side]] = []
+    for role, side in _SIDES.items():
+        for member in group.members:
+            end = graph.ends[member.end]
+            whole = len(end.labels) == group.size and np.array_equal(member.places[:, 0], np.arange(group.size))
+            if end.role == role and end.layer in layers and whole:
+                found.append((end.layer, side))
+    return list(dict.fromkeys(found))
 
 
 def _not_plain(graph: ModelGraph, layer: str) -> str:

@@ -24,18 +24,19 @@ from tersenet.train.settings import Fit
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from tersenet.data.bundle import Data
     from tersenet.graph.model import ModelGraph
-    from tersenet.results import Accuracy, Equality, LayerFit
+    from tersenet.results import Accuracy, Equality, GroupMap, LayerFit
 
 METHODS: dict[str, type[Method]] = {}
 
 
 @dataclass
 class Context:
-    """What a method may use beside the graph. `notes`, `fits`, `equality` and `masked` go into the step's part of the
-    report.
+    """What a method may use beside the graph. `notes`, `fits`, `maps`, `equality` and `masked` go into the step's part
+    of the report.
 
     `original_macs` and `original_params` are what a relative target refers to.
     """
@@ -48,10 +49,13 @@ class Context:
     data: Data | None = None
     evaluate: Callable[[], Accuracy | None] = lambda: None
     """Accuracy of the network as it is now, on the test split, if there is one. For the report: it chooses nothing."""
+    original: Callable[[], nn.Module | None] = lambda: None
+    """The network before the first compressing step; None where this is it, or where a step has trained since."""
     progress: Progress = field(default_factory=Progress)
     """Where a method that takes long keeps what it has done, so that it goes on there when it was interrupted."""
     notes: list[str] = field(default_factory=list[str])
     fits: list[LayerFit] = field(default_factory=list["LayerFit"])
+    maps: list[GroupMap] = field(default_factory=list["GroupMap"])
     equality: Equality | None = None
     masked: Accuracy | None = None
 

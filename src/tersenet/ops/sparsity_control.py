@@ -24,7 +24,8 @@ def next_strength(
 
     As published (`gain` None): one `step` more where less was saved in this epoch than is needed per epoch to reach the
     goal, one less at or above the goal. With a `gain`: `gain` steps for every goal / `total` by which the epoch fell
-    short of that pace, and as many less where it was ahead.
+    short of that pace, and as many less where it was ahead, but never less than half of what it was: without any push,
+    weights grow back within an epoch.
 
     Args:
         saved, before: the share saved after this epoch, and after the one before.
@@ -34,10 +35,8 @@ def next_strength(
     gained = saved - before
     if gain is not None:
         change = gain * (need - gained) * total / goal if goal > 0 else -1.0
-    elif saved >= goal:
-        change = -1.0
-    else:
-        change = 1.0 if gained < need else 0.0
+        return max(strength / 2, strength + step * change)
+    change = -1.0 if saved >= goal else 1.0 if gained < need else 0.0
     return max(0.0, strength + step * change)
 
 

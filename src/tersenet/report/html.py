@@ -13,6 +13,7 @@ import yaml
 from tersenet.report import charts
 from tersenet.report import format as f
 from tersenet.report.curves import Panel, last_value, panels
+from tersenet.report.group_maps import group_maps
 from tersenet.report.parts import badge, fact_list, legend, note_list, page, pair_list, share_width, text, typeset
 from tersenet.report.summary import Figure, Value, figures, flat, footnotes, headline, target_met
 from tersenet.results import LayerRow, Measures, Report, StepResult
@@ -118,7 +119,7 @@ def _step(step: StepResult) -> str:
     return (
         f'<div class="card"><h3>{step.index + 1}. {text(step.method)}</h3>{fact_list(facts)}'
         f"{_equality(step)}{note_list(step.notes)}"
-        f"{charted}{_fits(step)}{_settings(step)}</div>"
+        f"{charted}{group_maps(step.maps)}{_fits(step)}{_settings(step)}</div>"
     )
 
 

@@ -65,6 +65,7 @@ svg .tip path { fill: transparent !important; pointer-events: all; }
 svg .tip:hover path { fill: var(--hover) !important; }
 .wide { overflow-x: auto; }
 .wide svg { min-width: 760px; width: 100%; }
+.maps svg { min-width: 0; width: auto; background: var(--hover); shape-rendering: crispEdges; margin: 4px 0; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 26px 30px; }
 .curves { margin-top: 22px; }
 .curves figcaption { margin-bottom: 6px; min-height: 42px; }
