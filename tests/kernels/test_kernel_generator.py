@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_constants_are_exact(value: float) -> None:
 
 @pytest.mark.parametrize("isa", ALL, ids=lambda isa: isa.name)
 @pytest.mark.parametrize("m", OUTPUTS)
-@pytest.mark.parametrize("weight", ["float", "half"])
+@pytest.mark.parametrize("weight", ["float", "half", "sparse", "scattered"])
 def test_modules_are_valid(weight: str, m: int, isa: Isa) -> None:
     """Also for processors that are not here."""
     if weight == "half" and not isa.has_half:
@@ -91,19 +92,28 @@ def test_modules_are_valid(weight: str, m: int, isa: Isa) -> None:
     assert {function.name for function in module.functions if function.linkage.name == "external"} >= set(TASKS)
 
 
-def test_sums_stay_in_registers() -> None:
+@pytest.mark.parametrize(
+    ("weight", "function", "count"),
+    [
+        ("float", "product_{isa.columns}_{isa.rows}", lambda isa: 4 * isa.rows * isa.columns),
+        ("sparse", "sparse_{isa.rows}", lambda isa: 3 * isa.rows),
+        ("scattered", "scattered_4", lambda isa: 4),
+    ],
+)
+def test_sums_stay_in_registers(weight: str, function: str, count: Callable[[Isa], int]) -> None:
     """No vector of the product kernels goes to the stack."""
     for isa in ISAS["x86"][:2]:
-        lines = assembly(isa).partition(f"product_{isa.columns}_{isa.rows}:")[2].partition("Lfunc_end")[0].splitlines()
+        name = function.format(isa=isa)
+        lines = assembly(isa, weight).partition(f"\n{name}:")[2].partition("Lfunc_end")[0].splitlines()
         products = [line for line in lines if "vfmadd" in line]
-        assert len(products) == 4 * isa.rows * isa.columns
+        assert len(products) == count(isa)
         assert not [line for line in lines if "mm" in line and "(%rsp)" in line]
 
 
-def assembly(isa: Isa) -> str:
+def assembly(isa: Isa, weight: str) -> str:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    module = llvm.parse_assembly(generate(Algorithm(2, isa)))
+    module = llvm.parse_assembly(generate(Algorithm(2, isa, weight)))
     machine = llvm.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu=isa.cpu, opt=3)
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
@@ -119,11 +129,18 @@ def assembly(isa: Isa) -> str:
     channels=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
     threads=st.integers(1, 200),
     l2_bytes=st.integers(1, 1 << 24),
+    weight=st.sampled_from(["float", "sparse", "scattered"]),
 )
 def test_plans_are_possible(
-    isa: Isa, m: int, tiles: int, channels: tuple[int, int], threads: int, l2_bytes: int
+    isa: Isa, m: int, tiles: int, channels: tuple[int, int], threads: int, l2_bytes: int, weight: str
 ) -> None:
-    found = plan(Algorithm(m, isa), tiles, *channels, threads, l2_bytes)
-    assert 1 <= found.block <= tiles
+    found = plan(Algorithm(m, isa, weight), tiles, *channels, threads, l2_bytes)
     assert found.quad_step >= 1
     assert 1 <= found.output_step <= -(-channels[1] // isa.channels)
+    if weight != "scattered":
+        assert 1 <= found.block <= tiles
+        return
+    assert found.block == isa.width
+    assert 1 <= found.groups <= -(-tiles // isa.width)
+    # Sums are made in an order that depends on it.
+    assert found.groups == plan(Algorithm(m, isa, weight), tiles, 1, 1, 1, 1).groups

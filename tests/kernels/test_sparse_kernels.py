@@ -14,13 +14,14 @@ from torch import Tensor
 from tersenet.errors import TersenetError
 from tersenet.kernels.host import host
 from tersenet.kernels.operator import winograd_conv2d
-from tersenet.kernels.pack import pack
+from tersenet.kernels.pack import pack, pack_domain
 from tersenet.kernels.pack_sparse import SparsePacked, pack_sparse
 from tersenet.kernels.sparse_operator import sparse_winograd_conv2d
 from tersenet.nn.winograd_relu import WinogradReLUConv2d
 from tersenet.nn.winograd_relu_settings import WinogradReLUSettings
 
 POINTS = ["reference", "lavin"]
+KEPT = ["sparse", "scattered"]
 
 
 def layer_of(
@@ -47,17 +48,18 @@ def pruned(layer: WinogradReLUConv2d, density: float, block: int, seed: int) -> 
         layer.weight.mul_(keep.repeat_interleave(block, 2)[..., :k])
 
 
-def packed_of(layer: WinogradReLUConv2d, isa: str | None = None) -> SparsePacked:
+def packed_of(layer: WinogradReLUConv2d, isa: str | None = None, kept: str = "sparse") -> SparsePacked:
     points = layer.settings.points
     assert isinstance(points, str)
     relu = layer.settings.relu
     bias = None if layer.bias is None else layer.bias.float()
-    return pack_sparse(layer.weight.float(), bias, layer.settings.tile, isa, points, relu)
+    return pack_sparse(layer.weight.float(), bias, layer.settings.tile, isa, points, relu, kept)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     isa=st.sampled_from(ISAS),
+    kept=st.sampled_from(KEPT),
     m=st.sampled_from([2, 4]),
     points=st.sampled_from(POINTS),
     relu=st.booleans(),
@@ -73,11 +75,12 @@ def packed_of(layer: WinogradReLUConv2d, isa: str | None = None) -> SparsePacked
     block=st.sampled_from([1, 4, 16]),
     seed=st.integers(0, 2**32),
 )
-@example("avx512", 4, "reference", True, 1, 300, 14, 14, 40, (1, 1), "relu", True, 0.3, 16, 0)
-@example("avx512", 2, "reference", True, 2, 16, 60, 60, 32, (1, 1), "none", False, 0.2, 16, 0)
+@example("avx512", "sparse", 4, "reference", True, 1, 300, 14, 14, 40, (1, 1), "relu", True, 0.3, 16, 0)
+@example("avx512", "scattered", 4, "reference", True, 1, 300, 33, 31, 40, (1, 1), "relu", True, 0.3, 1, 0)
+@example("avx512", "sparse", 2, "reference", True, 2, 16, 60, 60, 32, (1, 1), "none", False, 0.2, 16, 0)
 def test_equals_the_layer(
-    isa: str, m: int, points: str, relu: bool, n: int, c: int, h: int, w: int, k: int, padding: tuple[int, int],
-    activation: str, residual: bool, density: float, block: int, seed: int,
+    isa: str, kept: str, m: int, points: str, relu: bool, n: int, c: int, h: int, w: int, k: int,
+    padding: tuple[int, int], activation: str, residual: bool, density: float, block: int, seed: int,
 ) -> None:  # fmt: skip
     h, w = max(h, 3 - 2 * padding[0]), max(w, 3 - 2 * padding[1])
     layer = layer_of(seed % 2**31, c, k, m, relu, points, padding)
@@ -87,7 +90,7 @@ def test_equals_the_layer(
         expected = layer(x)
         added = torch.randn_like(expected) if residual else None
         expected = ACTIVATIONS[activation](expected if added is None else expected + added)
-        packed = packed_of(layer, isa if isa in ISAS else None)
+        packed = packed_of(layer, isa if isa in ISAS else None, kept)
         y = sparse_winograd_conv2d(x.float(), packed, padding, None if added is None else added.float(), activation)
     assert y.shape == expected.shape
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -95,22 +98,25 @@ def test_equals_the_layer(
     assert float((y - expected).norm()) <= 4 * ERRORS[m] * scale
 
 
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_dense_weight_gives_what_the_dense_kernel_gives(isa: str) -> None:
+def test_a_dense_weight_gives_what_the_dense_kernel_gives(isa: str, kept: str) -> None:
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(24, 48, 3, padding=1)
     layer = WinogradReLUConv2d.from_conv(conv, WinogradReLUSettings(tile=4, points="lavin", relu=False))
     x = torch.randn(2, 24, 19, 23)
     with torch.no_grad():
         dense = winograd_conv2d(x, pack(conv.weight, conv.bias, 4, isa), (1, 1))
-        sparse = sparse_winograd_conv2d(x, packed_of(layer, isa), (1, 1))
+        sparse = sparse_winograd_conv2d(x, packed_of(layer, isa, kept), (1, 1))
     assert relative_error(sparse, dense) < 1e-5
 
 
-def test_threads_change_nothing() -> None:
+@pytest.mark.parametrize("side", [10, 30])
+@pytest.mark.parametrize("kept", KEPT)
+def test_threads_change_nothing(kept: str, side: int) -> None:
     layer = layer_of(1, 33, 70, 4)
     pruned(layer, 0.3, 16, 1)
-    x, packed = torch.randn(2, 33, 30, 30), packed_of(layer)
+    x, packed = torch.randn(2, 33, side, side), packed_of(layer, kept=kept)
     before = torch.get_num_threads()
     try:
         found: list[Tensor] = []
@@ -133,11 +139,21 @@ def test_only_what_is_left_is_kept() -> None:
     assert packed.weight.shape == (len(packed.list), width)
 
 
-def test_what_is_not_a_number_stays_so() -> None:
+def test_single_weights_are_kept() -> None:
+    layer = layer_of(2, 150, 20, 2)
+    pruned(layer, 0.25, 1, 2)
+    packed = packed_of(layer, kept="scattered")
+    assert len(packed.list) == int((layer.weight != 0).sum())
+    assert packed.density == pytest.approx(float((layer.weight != 0).double().mean()))
+    assert sorted(packed.weight.tolist()) == sorted(layer.weight[layer.weight != 0].float().tolist())
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_is_not_a_number_stays_so(kept: str) -> None:
     layer = layer_of(3, 4, 20, 2)
     x = torch.randn(1, 4, 8, 8)
     x[0, 1, 4, 4] = math.nan
-    y = sparse_winograd_conv2d(x, packed_of(layer), (1, 1))
+    y = sparse_winograd_conv2d(x, packed_of(layer, kept=kept), (1, 1))
     assert bool(y.isnan().any())
     assert not bool(y.isnan().all())
 
@@ -177,12 +193,13 @@ def test_bad_arguments(change: dict[str, object], message: str) -> None:
         sparse_winograd_conv2d(**(arguments | change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("wrong", ["list", "starts", "weight", "bias", "channel"])
-def test_lists_that_would_lead_astray_are_refused(wrong: str) -> None:
-    good = packed_of(layer_of(6, 6, 9))
+def test_lists_that_would_lead_astray_are_refused(wrong: str, kept: str) -> None:
+    good = packed_of(layer_of(6, 6, 9), kept=kept)
     tables = {name: getattr(good, name).clone() for name in ("weight", "list", "starts", "bias")}
     if wrong == "channel":
-        tables["list"][3] = 6
+        tables["list"][3] = 6 if kept == "sparse" else 1
     elif wrong == "starts":
         tables["starts"][2] = 10**6
     else:
@@ -192,7 +209,34 @@ def test_lists_that_would_lead_astray_are_refused(wrong: str) -> None:
         sparse_winograd_conv2d(torch.randn(1, 6, 8, 8), packed, (1, 1))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["float", "half"])
+def test_a_dense_kernel_takes_a_weight_of_the_domain(isa: str, kind: str) -> None:
+    if kind == "half" and not host().isa(isa).has_half:
+        return
+    layer = layer_of(7, 24, 40, 4, points="balanced")
+    pruned(layer, 0.5, 4, 1)
+    x = torch.randn(2, 24, 19, 13, dtype=torch.float64)
+    bias = None if layer.bias is None else layer.bias.float()
+    packed = pack_domain(layer.weight.float(), bias, 4, isa, "balanced", True, kind)
+    with torch.no_grad():
+        expected = layer(x).relu()
+        y = winograd_conv2d(x.float(), packed, (1, 1), activation="relu")
+    assert relative_error(y, expected) < (1e-5 if kind == "float" else 2e-3)
+
+
+def test_a_transformed_filter_is_packed_as_pack_does_it() -> None:
+    conv = torch.nn.Conv2d(7, 40, 3)
+    layer = WinogradReLUConv2d.from_conv(conv, WinogradReLUSettings(tile=2, points="lavin", relu=False))
+    one, other = pack(conv.weight, conv.bias, 2), pack_domain(layer.weight, conv.bias, 2)
+    torch.testing.assert_close(one.weight, other.weight)
+    assert torch.equal(one.bias, other.bias)
+    assert one.algorithm == other.algorithm
+
+
 def test_bad_weights() -> None:
+    with pytest.raises(TersenetError, match=r"of shape \(16, C_in, C_out\) for F\(2x2, 3x3\)"):
+        pack_domain(torch.randn(36, 3, 4), m=2)
     with pytest.raises(TersenetError, match=r"of shape \(36, C_in, C_out\) for F\(4x4, 3x3\)"):
         pack_sparse(torch.randn(16, 3, 4), m=4)
     with pytest.raises(TersenetError, match="one value for each of 4 output channels"):

@@ -22,12 +22,12 @@ from tersenet.api import open_model
 from tersenet.graph.trace import tensors_in
 from tersenet.kernels import host as host_of
 from tersenet.lowering import choose
-from tersenet.lowering.layers import CHOICES, Layer
-from tersenet.lowering.layers import build as build_kernel
+from tersenet.lowering.layers import WINOGRAD, Layer
+from tersenet.lowering.modules import build as build_kernel
 from tersenet.models.build import build
 from zoo_support import needs
 
-FORCED = [name for name in CHOICES if name != "torch"]
+FORCED = ["direct", *WINOGRAD]
 
 
 class Small(nn.Module):
@@ -260,7 +260,7 @@ def test_without_onednn(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_layer_with_too_large_an_error_falls_back(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tersenet.lowering.lower._LAYER_ERROR", 2e-7)
+    monkeypatch.setattr("tersenet.lowering.assign._LAYER_ERROR", 2e-7)
     fast = tn.lower(small, torch.rand(1, 3, 24, 24), choice="F6")
     rejected = [layer for layer in fast.report.layers if layer.rejected]
     assert rejected

@@ -17,23 +17,23 @@ from tersenet.kernels.product import QUAD
 from tersenet.ops.cook_toom import Transforms
 
 # A function with this signature is what OpenMP runtimes call in each thread.
-_TASK = "ptr %context"
+TASK = "ptr %context"
 
 
 def block_functions(module: Module, isa: Isa, transforms: Transforms, weight: str) -> None:
     """The tasks `run_private`, `run_input` and `run_product`, and what they share."""
-    _transform_block(module, isa, transforms)
+    transform_block(module, isa, transforms)
     if weight == "sparse":
         _sparse_product_block(module, isa, transforms)
     else:
         _product_block(module, isa, transforms, weight)
-    _output_block(module, isa, transforms)
+    output_block(module, isa, transforms)
     _outputs_from(module)
     _run_private(module)
     _run_shared(module)
 
 
-def _transform_block(module: Module, isa: Isa, transforms: Transforms) -> None:
+def transform_block(module: Module, isa: Isa, transforms: Transforms) -> None:
     """V of the block `%number`, for the vectors of input channels from `%begin` to `%end`."""
     f = module.function("transform_block", "ptr %context, ptr noalias %v, i64 %number, i64 %begin, i64 %end")
     c = ContextReader(
@@ -80,7 +80,7 @@ def _product_block(module: Module, isa: Isa, transforms: Transforms, weight: str
     with f.loop(transforms.t**2) as tap, f.loop("%end", start="%begin") as output:
         u = f.offset(c["weight"], f.add(f.mul(output.index, output_panels), f.mul(tap.index, panel)), weight)
         v = f.offset("%v", f.mul(tap.index, c["v_tap"]))
-        columns = _vectors_of(f, isa, output.index, c["out_channels"])
+        columns = vectors_of(f, isa, output.index, c["out_channels"])
         m = f.add(f.mul(f.sub(output.index, "%begin"), c["m_block"]), f.mul(tap.index, c["m_tap"]))
         m = f.offset("%m", m)
         # A slice of U stays in the first-level cache while all tiles of the block pass by.
@@ -108,7 +108,7 @@ def _product_block(module: Module, isa: Isa, transforms: Transforms, weight: str
 
 
 def _sparse_product_block(module: Module, isa: Isa, transforms: Transforms) -> None:
-    """The same for a pruned weight: `starts` has the first entry of every vector of output channels and tap."""
+    """The same for a pruned weight: `starts` has the first entry of every tap and vector of output channels."""
     f = module.function(
         "product_block", "ptr %context, ptr noalias %v, ptr noalias %m, i64 %number, i64 %begin, i64 %end"
     )
@@ -116,13 +116,14 @@ def _sparse_product_block(module: Module, isa: Isa, transforms: Transforms) -> N
     count = _tiles_of_block(f, "%number")
     groups = f.divmod(f.add(count, isa.rows - 1), isa.rows)[0]
     small, larger = f.divmod(count, groups)
+    vectors = f.divmod(f.add(c["out_channels"], isa.width - 1), isa.width)[0]
     with f.loop(transforms.t**2) as tap, f.loop("%end", start="%begin") as output:
         v = f.offset("%v", f.mul(tap.index, c["v_tap"]))
         m = f.add(f.mul(f.sub(output.index, "%begin"), c["m_block"]), f.mul(tap.index, c["m_tap"]))
         m = f.offset("%m", m)
-        with f.loop(_vectors_of(f, isa, output.index, c["out_channels"])) as column:
+        with f.loop(vectors_of(f, isa, output.index, c["out_channels"])) as column:
             vector = f.add(f.mul(output.index, isa.columns), column.index)
-            start = f.offset(c["starts"], f.add(f.mul(vector, transforms.t**2), tap.index), "i64")
+            start = f.offset(c["starts"], f.add(f.mul(tap.index, vectors), vector), "i64")
             first, last = f.load("i64", start, 8), f.load("i64", f.offset(start, 1, "i64"), 8)
             own = f.offset(m, f.mul(column.index, c["m_vector"]))
             with f.loop(groups, carry=[("i64", "0")]) as group:
@@ -137,7 +138,7 @@ def _sparse_product_block(module: Module, isa: Isa, transforms: Transforms) -> N
                 group.next([f.add(done, rows)])
 
 
-def _output_block(module: Module, isa: Isa, transforms: Transforms) -> None:
+def output_block(module: Module, isa: Isa, transforms: Transforms) -> None:
     """Output and epilogue of the block `%number` for the block `%output` of output channels."""
     f = module.function("output_block", "ptr %context, ptr noalias %m, i64 %number, i64 %output")
     c = ContextReader(
@@ -146,7 +147,7 @@ def _output_block(module: Module, isa: Isa, transforms: Transforms) -> None:
     )  # fmt: skip
     m = transforms.m
     begin = f.mul("%output", isa.channels)
-    vectors = _vectors_of(f, isa, "%output", c["out_channels"])
+    vectors = vectors_of(f, isa, "%output", c["out_channels"])
     with _tiles(f, transforms, "%number") as (tile, image, row, column):
         places = {
             name: f.offset(
@@ -192,9 +193,9 @@ def _outputs_from(module: Module) -> None:
 
 def _run_private(module: Module) -> None:
     """Each thread transforms a block of tiles and takes it through all output channels while it is in its cache."""
-    f = module.function("run_private", _TASK, exported=True)
+    f = module.function("run_private", TASK, exported=True)
     c = ContextReader(f, "block_count", "outputs", "output_step", "vectors", "v_block")
-    v = _own_scratch(f)
+    v = own_scratch(f)
     m = f.offset(v, c["v_block"])
     with f.claims(c.address("next_product"), c["block_count"]) as number:
         f.call("transform_block", f"ptr %context, ptr {v}, i64 {number}, i64 0, i64 {c['vectors']}")
@@ -204,16 +205,16 @@ def _run_private(module: Module) -> None:
 
 def _run_shared(module: Module) -> None:
     """For few tiles: one V of all blocks, then `output_step` blocks of output channels are a unit: U is read once."""
-    f = module.function("run_input", _TASK, exported=True)
+    f = module.function("run_input", TASK, exported=True)
     c = ContextReader(f, "block_count", "vectors", "v_block", "shared")
     with f.claims(c.address("next_input"), f.mul(c["block_count"], c["vectors"])) as unit:
         number, vector = f.divmod(unit, c["vectors"])
         v = f.offset(c["shared"], f.mul(number, c["v_block"]))
         f.call("transform_block", f"ptr %context, ptr {v}, i64 {number}, i64 {vector}, i64 {f.add(vector, 1)}")
 
-    f = module.function("run_product", _TASK, exported=True)
+    f = module.function("run_product", TASK, exported=True)
     c = ContextReader(f, "block_count", "outputs", "output_step", "v_block", "shared")
-    m = _own_scratch(f)
+    m = own_scratch(f)
     steps = f.divmod(f.add(c["outputs"], f.sub(c["output_step"], 1)), c["output_step"])[0]
     with f.claims(c.address("next_product"), f.mul(c["block_count"], steps)) as unit:
         step, number = f.divmod(unit, c["block_count"])
@@ -239,7 +240,7 @@ def _tiles_of_block(f: Function, number: str) -> str:
     return f.minimum(c["block"], f.sub(c["tiles"], f.mul(number, c["block"])))
 
 
-def _vectors_of(f: Function, isa: Isa, output: str, out_channels: str) -> str:
+def vectors_of(f: Function, isa: Isa, output: str, out_channels: str) -> str:
     """`columns`, or what the last block of output channels needs."""
     left_over = f.sub(out_channels, f.mul(output, isa.channels))
     return f.minimum(f.divmod(f.add(left_over, isa.width - 1), isa.width)[0], isa.columns)
@@ -250,7 +251,7 @@ def _fits(f: Function, start: str, size: str, length: int) -> str:
     return f.both(f.compare("sge", start, 0), f.compare("sle", f.add(start, length), size))
 
 
-def _own_scratch(f: Function) -> str:
+def own_scratch(f: Function) -> str:
     """This thread's part of the scratch memory: threads draw numbers."""
     c = ContextReader(f, "scratch", "scratch_stride")
     slot = f.op(f"atomicrmw add ptr {c.address('next_slot')}, i64 1 monotonic")

@@ -12,7 +12,8 @@ FIELDS = (
     "weight bias list starts bias_scale scratch scratch_stride shared "
     "height width channels out_height out_width out_channels pad_top pad_left "
     "tiles tiles_high tiles_wide block block_count v_tap v_vector m_tap m_vector m_block v_block "
-    "vectors quads quad_step outputs output_step low high silu next_input next_product next_slot"
+    "vectors quads quad_step outputs output_step groups group_count slices low high silu "
+    "next_input next_product next_slot"
 ).split()
 
 INDEX = {name: place for place, name in enumerate(FIELDS)}

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from tersenet.errors import TersenetError
 from tersenet.kernels.blocks import block_functions
+from tersenet.kernels.blocks_scattered import scattered_functions
 from tersenet.kernels.host import Isa
 from tersenet.kernels.ir import Module
 from tersenet.kernels.product import product_kernels
+from tersenet.kernels.scattered import scattered_kernels
 from tersenet.kernels.sparse import sparse_kernels
 from tersenet.kernels.tiles import input_transforms, output_transforms
 from tersenet.ops.cook_toom import Transforms, cook_toom
@@ -22,8 +24,9 @@ TASKS = ("run_private", "run_input", "run_product")
 
 @dataclass(frozen=True)
 class Algorithm:
-    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float", as "half", or as "sparse":
-    those that are left of a pruned one. `relu`: a ReLU between the input transform and the product.
+    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float" or as "half"; of a pruned one
+    only what is left: "sparse" in blocks of a vector of output channels, "scattered" one by one. `relu`: a ReLU between
+    the input transform and the product.
 
     Raises:
         TersenetError: another m; half weights where the processor can't convert them.
@@ -64,6 +67,10 @@ def generate(algorithm: Algorithm) -> str:
     transforms = algorithm.transforms
     input_transforms(module, transforms, algorithm.relu)
     output_transforms(module, transforms)
+    if algorithm.weight == "scattered":
+        scattered_kernels(module, algorithm.isa)
+        scattered_functions(module, algorithm.isa, transforms)
+        return module.text()
     if algorithm.weight == "sparse":
         sparse_kernels(module, algorithm.isa)
     else:

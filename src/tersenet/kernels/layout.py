@@ -11,6 +11,7 @@ from tersenet.kernels.generate import Algorithm, R
 from tersenet.kernels.host import host
 from tersenet.kernels.plan import Plan, plan
 from tersenet.kernels.product import QUAD
+from tersenet.kernels.scattered import SLICE
 
 _LINE = 16  # floats in a cache line
 _THREAD_MACS = 2**18  # less than about 3 microseconds of work is not worth waking a thread
@@ -50,7 +51,8 @@ def layout(
     # One line between taps: with strides of a power of two they would all meet in the same set of the cache.
     v_vector = m_vector = cut.block * isa.width
     v_tap, m_tap = vectors * v_vector + _LINE, isa.columns * m_vector + _LINE
-    own = taps * (cut.output_step * m_tap + (0 if cut.shared else v_tap))
+    own = taps * cut.groups * (cut.output_step * m_tap + (0 if cut.shared else v_tap))
+    units = -(-blocks // cut.groups)
     fields = {
         "height": height, "width": width, "channels": channels, "pad_top": padding[0], "pad_left": padding[1],
         "out_height": out_height, "out_width": out_width, "out_channels": out_channels,
@@ -58,11 +60,13 @@ def layout(
         "vectors": vectors, "quads": -(-channels // QUAD), "quad_step": cut.quad_step, "outputs": outputs,
         "v_tap": v_tap, "v_vector": v_vector, "v_block": taps * v_tap, "m_tap": m_tap, "m_vector": m_vector,
         "m_block": taps * m_tap, "output_step": cut.output_step,
+        "groups": cut.groups, "group_count": units, "slices": -(-channels // SLICE),
         "scratch_stride": own, "bias_scale": outputs * isa.channels,
     }  # fmt: skip
     context = Context(*(fields.get(name, 0) for name in FIELDS))
     worth = max(1, tiles * taps * channels * out_channels // _THREAD_MACS)
-    units = blocks * (-(-outputs // cut.output_step) if cut.shared else 1)
+    if cut.shared:
+        units *= -(-outputs // cut.output_step)
     return Layout(
         ctypes.string_at(context, ctypes.sizeof(context)),
         cut.shared,

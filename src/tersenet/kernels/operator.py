@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tersenet.errors import TersenetError, UnknownNameError
-from tersenet.kernels.generate import Algorithm, R
+from tersenet.kernels.generate import POINTS, Algorithm, R
 from tersenet.kernels.host import host
 from tersenet.kernels.layout import output_shape
 from tersenet.kernels.pack import WEIGHT_TYPES, Packed, packed_shape
@@ -22,7 +22,7 @@ from tersenet.kernels.winograd import BOUNDS, Tables, run
 _library = torch.library.Library("tersenet", "FRAGMENT")
 _library.define(
     "winograd_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? residual, SymInt[2] padding, int out_channels, "
-    "int m, str isa, str activation) -> Tensor"
+    "int m, str isa, str activation, str points='lavin', bool relu=False) -> Tensor"
 )
 
 
@@ -35,9 +35,11 @@ def winograd_conv2d(
 ) -> Tensor:
     """activation(conv2d(x, weight, bias, padding=padding) + residual) by F(m x m, 3 x 3), in one pass over memory.
 
+    With a weight that `pack_domain` packed it is what that stands for, with its ReLU behind the input transform.
+
     Args:
         x: (N, C_in, H, W), float32, on the CPU. Channels-last memory is taken as it is, other is copied.
-        packed: What `pack` made of weight and bias.
+        packed: What `pack` or `pack_domain` made of weight and bias.
         padding: Zeros above and below, left and right.
         residual: (N, C_out, H', W'), float32, or None.
         activation: "none", "relu", "relu6" or "silu".
@@ -53,9 +55,10 @@ def winograd_conv2d(
     if x.ndim == 4 and x.shape[1] != packed.in_channels:
         # The packed weight is padded: it does not tell by its shape.
         raise TersenetError(f"x (={tuple(x.shape)}) must have the {packed.in_channels} channels of the packed weight")
+    algorithm = packed.algorithm
     return torch.ops.tersenet.winograd_conv2d(
         x, packed.weight, packed.bias, residual, padding, packed.out_channels,
-        packed.algorithm.m, packed.algorithm.isa.name, activation,
+        algorithm.m, algorithm.isa.name, activation, algorithm.points, algorithm.relu,
     )  # fmt: skip
 
 
@@ -69,8 +72,10 @@ def _cpu(
     m: int,
     isa: str,
     activation: str,
+    points: str = POINTS,
+    relu: bool = False,
 ) -> Tensor:
-    algorithm = _algorithm(m, isa, weight.dtype)
+    algorithm = _algorithm(m, isa, weight.dtype, points, relu)
     pads = (padding[0], padding[1])
     _check(x, weight, bias, residual, pads, out_channels, algorithm, activation)
     return run(x, Tables(weight, bias), residual, pads, out_channels, algorithm, activation)
@@ -83,9 +88,7 @@ def _fake(
     residual: Tensor | None,
     padding: list[int],
     out_channels: int,
-    m: int,
-    isa: str,
-    activation: str,
+    *rest: Any,
 ) -> Tensor:
     return fake_output(x, padding, out_channels)
 
@@ -109,8 +112,8 @@ torch.library.register_autograd("tersenet::winograd_conv2d", no_backward, lib=_l
 
 
 @functools.lru_cache(maxsize=256)
-def _algorithm(m: int, isa: str, weight: torch.dtype) -> Algorithm:
-    return Algorithm(m, host().isa(isa), "half" if weight == torch.float16 else "float")
+def _algorithm(m: int, isa: str, weight: torch.dtype, points: str, relu: bool) -> Algorithm:
+    return Algorithm(m, host().isa(isa), "half" if weight == torch.float16 else "float", points, relu)
 
 
 def _check(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tersenet.errors import TersenetError
-from tersenet.kernels.generate import Algorithm, R
+from tersenet.kernels.generate import POINTS, Algorithm, R
 from tersenet.kernels.host import host
 from tersenet.kernels.product import QUAD
 
@@ -54,23 +54,70 @@ def pack(weight: Tensor, bias: Tensor | None = None, m: int = 4, isa: str | None
             f"weight (={weight.dtype} {tuple(weight.shape)}) must be floating and of shape (C_out, C_in, 3, 3); "
             "other convolutions run on torch's own kernels"
         )
-    outputs, inputs = weight.shape[:2]
+    _check_bias(weight, bias, weight.shape[0])
+    g = torch.from_numpy(np.array(algorithm.transforms.g, dtype=float))
+    u = torch.einsum("ai,koij,bj->kabo", g, weight.detach().double(), g)
+    return _packed(u.flatten(1, 2), bias, algorithm)
+
+
+def pack_domain(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    m: int = 4,
+    isa: str | None = None,
+    points: str = POINTS,
+    relu: bool = False,
+    kept: str = "float",
+) -> Packed:
+    """Pack a weight that is in the Winograd domain already, zeros and all.
+
+    Args:
+        weight: (t t, C_in, C_out) with t = m + 2, tap = t * row + column.
+        bias: (C_out,), or None.
+        m: 2, 4 or 6.
+        isa: A set of vector instructions that this processor has; the best by default.
+        points: Of the transforms that the weight was trained with.
+        relu: Whether the layer has its ReLU behind the input transform.
+        kept: "float" or "half", see `pack`.
+
+    Raises:
+        TersenetError: another shape, empty or not on the CPU; m, isa or half that is not offered.
+    """
+    algorithm = Algorithm(m, host().isa(isa), kept, points, relu)
+    check_domain(weight, bias, algorithm)
+    return _packed(weight.detach().double().permute(2, 0, 1), bias, algorithm)
+
+
+def check_domain(weight: Tensor, bias: Tensor | None, algorithm: Algorithm) -> None:
+    """Raises: TersenetError for a weight that is none of the Winograd domain of `algorithm`, or a bias of another."""
+    m = algorithm.m
+    if weight.ndim != 3 or weight.shape[0] != algorithm.t**2 or 0 in weight.shape or not weight.is_floating_point():
+        raise TersenetError(
+            f"weight (={weight.dtype} {tuple(weight.shape)}) must be floating and of shape ({algorithm.t**2}, C_in, "
+            f"C_out) for F({m}x{m}, 3x3)"
+        )
+    _check_bias(weight, bias, weight.shape[2])
+
+
+def _check_bias(weight: Tensor, bias: Tensor | None, outputs: int) -> None:
     if bias is not None and bias.shape != (outputs,):
         raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {outputs} output channels")
     if weight.device.type != "cpu":
         raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
-    t, block = algorithm.t, algorithm.isa.channels
-    g = torch.from_numpy(np.array(algorithm.transforms.g, dtype=float))
-    u = torch.einsum("ai,koij,bj->kabo", g, weight.detach().double(), g)
-    u = u.reshape(outputs, t * t, inputs)
+
+
+def _packed(u: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Packed:
+    """Of a transformed weight (C_out, t t, C_in), float64."""
+    outputs, taps, inputs = u.shape
+    block = algorithm.isa.channels
     blocks, _, padded_inputs, _ = packed_shape(algorithm, outputs, inputs)
     scale = torch.ones(outputs, dtype=torch.float64, device="cpu")
-    if half:
+    if algorithm.weight == "half":
         # A power of two for each output channel, so that its taps, which differ a thousandfold, are all normal numbers.
         scale = torch.exp2(_HALF_EXPONENT - torch.frexp(u.abs().amax((1, 2))).exponent.double())
-    packed = torch.zeros(blocks * block, t * t, padded_inputs, dtype=WEIGHT_TYPES[algorithm.weight], device="cpu")
+    packed = torch.zeros(blocks * block, taps, padded_inputs, dtype=WEIGHT_TYPES[algorithm.weight], device="cpu")
     packed[:outputs, :, :inputs] = u * scale[:, None, None]
-    packed = packed.reshape(blocks, block, t * t, padded_inputs).permute(0, 2, 3, 1).contiguous()
+    packed = packed.reshape(blocks, block, taps, padded_inputs).permute(0, 2, 3, 1).contiguous()
     padded = torch.zeros(2, blocks * block, dtype=torch.float32, device="cpu")
     if bias is not None:
         padded[0, :outputs] = bias.detach()

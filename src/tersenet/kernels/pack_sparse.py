@@ -1,4 +1,4 @@
-"""Pruned weights of the Winograd domain in the form that the sparse product kernels read."""
+"""Pruned weights of the Winograd domain in the forms that the sparse product kernels read."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from tersenet.errors import TersenetError
 from tersenet.kernels.generate import POINTS, Algorithm
 from tersenet.kernels.host import host
+from tersenet.kernels.pack import check_domain
+from tersenet.kernels.scattered import SLICE
 
 
 @dataclass(frozen=True)
 class SparsePacked:
-    """What is left of a weight, vector by vector of output channels, in each of them tap by tap.
+    """What is left of a weight, tap by tap: in blocks, vector by vector of output channels; or single weights, by
+    slices of input channels, in each output channel by output channel.
 
     `weight` (entries, width) holds one input channel's weights for one vector, `list` (entries,) int32 that channel,
-    and `starts` (vectors taps + 1,) int64 the first entry of each vector and tap. `bias` as of a dense one.
+    and `starts` (taps vectors + 1,) int64 the first entry of each tap and vector. Of single weights: `weight`
+    (entries,), `list` the input channel times width, `starts` (taps slices C_out + 1,). `bias` as of a dense one.
     """
 
     algorithm: Algorithm
@@ -30,8 +34,10 @@ class SparsePacked:
 
     @property
     def density(self) -> float:
-        """Share of the blocks of one input channel by `width` output channels that are left, in all taps."""
-        return len(self.list) / max(1, (len(self.starts) - 1) * self.in_channels)
+        """Share that is left, in all taps: of the weights, or of the blocks of one input channel by `width` outputs."""
+        algorithm = self.algorithm
+        width = 1 if algorithm.weight == "scattered" else algorithm.isa.width
+        return len(self.list) / (algorithm.t**2 * self.in_channels * -(-self.out_channels // width))
 
 
 def pack_sparse(
@@ -41,8 +47,9 @@ def pack_sparse(
     isa: str | None = None,
     points: str = POINTS,
     relu: bool = False,
+    kept: str = "sparse",
 ) -> SparsePacked:
-    """Pack a weight of the Winograd domain: what is not zero, in blocks of one input channel by a vector of outputs.
+    """Pack a weight of the Winograd domain: only what is not zero.
 
     Args:
         weight: (t t, C_in, C_out) with t = m + 2, tap = t * row + column; pruned weights are zero.
@@ -51,32 +58,41 @@ def pack_sparse(
         isa: A set of vector instructions that this processor has; the best by default.
         points: Of the transforms that the weight was trained with.
         relu: Whether the layer has its ReLU behind the input transform.
+        kept: "sparse": in blocks of one input channel by a vector of output channels, which are kept whole;
+            "scattered": single weights, for masks that leave hardly any block empty.
 
     Raises:
         TersenetError: another shape, empty or not on the CPU; m or isa that is not offered.
     """
-    algorithm = Algorithm(m, host().isa(isa), "sparse", points, relu)
-    if weight.ndim != 3 or weight.shape[0] != algorithm.t**2 or 0 in weight.shape or not weight.is_floating_point():
-        raise TersenetError(
-            f"weight (={weight.dtype} {tuple(weight.shape)}) must be floating and of shape ({algorithm.t**2}, C_in, "
-            f"C_out) for F({m}x{m}, 3x3)"
-        )
-    taps, inputs, outputs = weight.shape
-    if bias is not None and bias.shape != (outputs,):
-        raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {outputs} output channels")
-    if weight.device.type != "cpu":
-        raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
-    width, block = algorithm.isa.width, algorithm.isa.channels
-    vectors = -(-outputs // width)
-    padded = torch.zeros(taps, inputs, vectors * width, dtype=torch.float32, device="cpu")
-    padded[..., :outputs] = weight.detach()
-    blocks = padded.view(taps, inputs, vectors, width).permute(2, 0, 1, 3)
-    kept = (blocks != 0).any(3)
-    starts = torch.zeros(vectors * taps + 1, dtype=torch.int64, device="cpu")
-    torch.cumsum(kept.sum(2).flatten(), 0, out=starts[1:])
+    algorithm = Algorithm(m, host().isa(isa), kept, points, relu)
+    check_domain(weight, bias, algorithm)
+    _, inputs, outputs = weight.shape
+    weight = weight.detach().float()
+    values, channels, starts = (_single if kept == "scattered" else _in_blocks)(weight, algorithm.isa.width)
+    block = algorithm.isa.channels
     both = torch.zeros(2, -(-outputs // block) * block, dtype=torch.float32, device="cpu")
     both[1] = 1
     if bias is not None:
         both[0, :outputs] = bias.detach()
-    channels = kept.nonzero()[:, 2].to(torch.int32)
-    return SparsePacked(algorithm, blocks[kept].contiguous(), channels, starts, both, inputs, outputs)
+    return SparsePacked(algorithm, values, channels.to(torch.int32), starts, both, inputs, outputs)
+
+
+def _in_blocks(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, input channels and starts."""
+    blocks = pad(weight, (0, -weight.shape[2] % width)).unflatten(2, (-1, width)).transpose(1, 2)
+    kept = (blocks != 0).any(3)
+    return blocks[kept].contiguous(), kept.nonzero()[:, 2], _starts(kept.sum(2))
+
+
+def _single(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, places of the input channels in V, and starts."""
+    slices = pad(weight, (0, 0, 0, -weight.shape[1] % SLICE)).unflatten(1, (-1, SLICE)).transpose(2, 3)
+    kept = slices != 0
+    _, part, _, channel = kept.nonzero().unbind(1)
+    return slices[kept].contiguous(), (part * SLICE + channel) * width, _starts(kept.sum(3))
+
+
+def _starts(counts: Tensor) -> Tensor:
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device="cpu")
+    torch.cumsum(counts.flatten(), 0, out=starts[1:])
+    return starts

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from tersenet.kernels.generate import Algorithm
 from tersenet.kernels.product import QUAD
+from tersenet.kernels.scattered import GROUPS
 
 _L2_SHARE = 0.6  # of a core's second-level cache, for V or M of a block; weights pass through the rest
+_SPARSE_SHARE = 0.6  # for M alone, with a pruned weight: V passes by once, a tap at a time
 _BLOCK_TILES = 28  # more tiles use a weight more often, but V grows out of the cache: best from 64 to 512 channels
 _FEW_TILES = 64  # up to here one V for all tiles is small, and each weight is read once
 _UNITS_PER_THREAD = 4  # so that no thread waits long for the last one
@@ -16,22 +18,25 @@ _SLICE_CHANNELS = 128  # input channels whose weights stay in the first-level ca
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles of a block; whether all blocks share one V; how many blocks of output channels and quads of input channels
-    are taken together.
+    """Tiles of a block; whether all blocks share one V; how many blocks of output channels, quads of input channels
+    and, with tiles in the lanes, blocks of tiles are taken together.
 
-    It decides about speed only: results are the same, bit for bit, for all plans.
+    It decides about speed only: results are the same, bit for bit, for all plans of the same `groups`.
     """
 
     block: int
     shared: bool
     output_step: int
     quad_step: int
+    groups: int = 1
 
 
 def plan(algorithm: Algorithm, tiles: int, in_channels: int, out_channels: int, threads: int, l2_bytes: int) -> Plan:
     """The cut for `tiles` tiles on `threads` threads."""
     isa, taps = algorithm.isa, algorithm.t**2
     outputs = -(-out_channels // isa.channels)
+    if algorithm.weight == "scattered":
+        return _scattered(algorithm, tiles, outputs, threads, l2_bytes)
     shared = tiles <= _FEW_TILES
     output_step = 1
     if shared:
@@ -42,8 +47,30 @@ def plan(algorithm: Algorithm, tiles: int, in_channels: int, out_channels: int, 
             most = budget // (4 * taps * block * isa.channels)
             output_step = max(1, min(most, outputs // (_UNITS_PER_THREAD * threads if threads > 1 else 1)))
     else:
-        groups = round(_BLOCK_TILES / isa.rows)
+        # A pruned weight is small, so it may be read again for every group of tiles.
+        groups = 1 if algorithm.weight == "sparse" else round(_BLOCK_TILES / isa.rows)
         per_thread = tiles // (_UNITS_PER_THREAD * threads * isa.rows) if threads > 1 else groups
         block = isa.rows * max(1, min(groups, per_thread))
+    if algorithm.weight == "sparse":
+        # So little is multiplied that V passing by for each block of outputs would take longer than that.
+        most = max(1, int(_SPARSE_SHARE * l2_bytes) // (4 * taps * block * isa.channels))
+        units = -(-outputs // most)
+        if shared and threads > 1:
+            units = max(units, -(-_UNITS_PER_THREAD * threads * block // tiles))
+        output_step = -(-outputs // min(units, outputs))
     quads = (min(in_channels, _SLICE_CHANNELS) + QUAD - 1) // QUAD
     return Plan(min(block, tiles), shared, output_step, quads)
+
+
+def _scattered(algorithm: Algorithm, tiles: int, outputs: int, threads: int, l2_bytes: int) -> Plan:
+    """`groups` follows from the tiles alone: sums are made in an order that depends on it."""
+    isa = algorithm.isa
+    blocks = -(-tiles // isa.width)
+    groups = min(GROUPS, blocks)
+    units = -(-blocks // groups)
+    shared = threads > 1 and units < _UNITS_PER_THREAD * threads
+    bytes_of_step = 4 * algorithm.t**2 * groups * isa.width * isa.channels
+    output_step = max(1, min(outputs, int(_SPARSE_SHARE * l2_bytes) // bytes_of_step))
+    if shared:
+        output_step = max(1, min(output_step, outputs * units // (_UNITS_PER_THREAD * threads)))
+    return Plan(isa.width, shared, output_step, 1, groups)

@@ -15,6 +15,7 @@ from tersenet.kernels.context import ContextReader
 from tersenet.kernels.host import Isa
 from tersenet.kernels.ir import Function, Module
 
+_AHEAD = 32  # entries; the weights are read in order, and come from afar
 _PARAMETERS = "ptr %context, ptr noalias %v, ptr noalias %u, ptr noalias %list, ptr noalias %m, i64 %first, i64 %last"
 
 
@@ -55,7 +56,9 @@ def _entry(f: Function, c: ContextReader, isa: Isa, index: str, sums: list[str])
     channel = f.op(f"zext i32 {f.load('i32', f.offset('%list', index, 'i32'))} to i64")
     vector, lane = f.divmod(channel, isa.width)
     tile = f.offset(f.offset("%v", f.mul(vector, c["v_vector"])), lane)
-    weight = f.vload(f.offset("%u", f.mul(index, isa.width)))
+    line = f.offset("%u", f.mul(index, isa.width))
+    f.prefetch(f.offset(line, _AHEAD * isa.width))
+    weight = f.vload(line)
     return [
         f.vmuladd(f.spread(f.load("float", f.offset(tile, row * isa.width))), weight, value)
         for row, value in enumerate(sums)

@@ -13,6 +13,7 @@ from tersenet.kernels.generate import Algorithm
 from tersenet.kernels.host import host
 from tersenet.kernels.operator import check_call, fake_output, no_backward
 from tersenet.kernels.pack_sparse import SparsePacked
+from tersenet.kernels.scattered import SLICE
 from tersenet.kernels.winograd import Tables, run
 
 _library = torch.library.Library("tersenet", "FRAGMENT")
@@ -70,7 +71,7 @@ def _cpu(
     isa: str,
     activation: str,
 ) -> Tensor:
-    algorithm = _algorithm(m, isa, points, relu)
+    algorithm = _algorithm(m, isa, "scattered" if weight.ndim == 1 else "sparse", points, relu)
     pads = (padding[0], padding[1])
     check_call(x, residual, pads, out_channels, activation)
     _check_tables(weight, list, starts, bias, x.shape[1], out_channels, algorithm)
@@ -97,8 +98,8 @@ torch.library.register_autograd("tersenet::sparse_winograd_conv2d", no_backward,
 
 
 @functools.lru_cache(maxsize=256)
-def _algorithm(m: int, isa: str, points: str, relu: bool) -> Algorithm:
-    return Algorithm(m, host().isa(isa), "sparse", points, relu)
+def _algorithm(m: int, isa: str, weight: str, points: str, relu: bool) -> Algorithm:
+    return Algorithm(m, host().isa(isa), weight, points, relu)
 
 
 def _check_tables(
@@ -106,11 +107,13 @@ def _check_tables(
 ) -> None:
     """Everything that generated code relies on: a wrong number would be a wrong address."""
     isa = algorithm.isa
-    vectors = -(-outputs // isa.width)
+    single = algorithm.weight == "scattered"
+    rows = -(-channels // SLICE) * outputs if single else -(-outputs // isa.width)
+    step = isa.width if single else 1
     wanted = (
-        ("weight", weight, (len(entries), isa.width), torch.float32),
+        ("weight", weight, (len(entries),) if single else (len(entries), isa.width), torch.float32),
         ("list", entries, (len(entries),), torch.int32),
-        ("starts", starts, (vectors * algorithm.t**2 + 1,), torch.int64),
+        ("starts", starts, (rows * algorithm.t**2 + 1,), torch.int64),
         ("bias", bias, (2, -(-outputs // isa.channels) * isa.channels), torch.float32),
     )
     for name, tensor, shape, kind in wanted:
@@ -120,5 +123,6 @@ def _check_tables(
                 f"{shape} for {outputs} output channels on {isa.name}: pack it again"
             )
     ordered = int(starts[0]) == 0 and int(starts[-1]) == len(entries) and bool((starts.diff() >= 0).all())
-    if not ordered or (len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < channels):
+    inside = not len(entries) or 0 <= int(entries.min()) <= int(entries.max()) <= (channels - 1) * step
+    if not (ordered and inside and bool((entries % step == 0).all())):
         raise TersenetError(f"the packed lists don't fit {channels} input channels: pack the weight again")

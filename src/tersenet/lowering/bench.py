@@ -17,7 +17,8 @@ from tersenet.errors import TersenetError, UnknownNameError
 from tersenet.exporting.program import first_line
 from tersenet.graph.copies import copied
 from tersenet.graph.trace import tensors_in
-from tersenet.lowering.lower import Lowered, channels_last, distance, lower
+from tersenet.lowering.assign import channels_last, distance
+from tersenet.lowering.lower import Lowered, lower
 from tersenet.lowering.peers import PEERS, Runner
 from tersenet.measuring.turns import in_turns
 

@@ -16,11 +16,12 @@ from tersenet.environment import installed, processor
 from tersenet.errors import TersenetError
 from tersenet.kernels import cache
 from tersenet.kernels.compiled import key as key_of_code
-from tersenet.lowering.layers import WINOGRAD, Layer, algorithm, build
+from tersenet.lowering.layers import AnyLayer, is_generated
+from tersenet.lowering.modules import build
 from tersenet.measuring.turns import called_in_turns, timed
 
 _MARGIN = 0.95
-"""A Winograd kernel rounds more, so it has to be faster by more than the measurement's own spread."""
+"""A kernel of Winograd's rounds more, so it has to be faster by more than the measurement's own spread."""
 _SECONDS = 0.3  # of measurement for each kernel of a layer, within the bounds below
 _ROUNDS = (5, 40)
 _WARMUP = 2
@@ -30,10 +31,10 @@ Size = tuple[int, ...]
 
 def ranking(times: dict[str, float]) -> list[str]:
     """Choices from the best to the worst, by milliseconds."""
-    return sorted(times, key=lambda name: times[name] / (_MARGIN if name in WINOGRAD else 1))
+    return sorted(times, key=lambda name: times[name] / (_MARGIN if is_generated(name) else 1))
 
 
-def times_of(layer: Layer, size: Size, choices: Iterable[str]) -> dict[str, float]:
+def times_of(layer: AnyLayer, size: Size, choices: Iterable[str]) -> dict[str, float]:
     """Median milliseconds of each choice for an input of `size` (N, C, H, W), on torch's current number of threads;
     measured in turns or taken from the cache."""
     choices = sorted(choices)
@@ -46,7 +47,7 @@ def times_of(layer: Layer, size: Size, choices: Iterable[str]) -> dict[str, floa
     return kept
 
 
-def measure(kernels: dict[str, nn.Module], layer: Layer, size: Size) -> dict[str, float]:
+def measure(kernels: dict[str, nn.Module], layer: AnyLayer, size: Size) -> dict[str, float]:
     """Median milliseconds of each kernel on noise, measured in turns."""
     inputs = [_noise(size)]
     with torch.inference_mode():
@@ -69,11 +70,10 @@ def _noise(size: Size) -> Tensor:
     return torch.randn(size, generator=generator).contiguous(memory_format=torch.channels_last)
 
 
-def _key(layer: Layer, size: Size, choices: list[str]) -> bytes:
+def _key(layer: AnyLayer, size: Size, choices: list[str]) -> bytes:
     """Everything that decides about times: machine, versions, shapes, threads; not the weights' values."""
-    shape = (tuple(layer.weight.shape), layer.bias is not None, layer.stride, layer.padding, layer.dilation)
-    what = (*shape, layer.groups, layer.residual, layer.activation, tuple(size), torch.get_num_threads())
-    code = [key_of_code(algorithm(choice)) for choice in choices if choice in WINOGRAD]
+    what = (layer.shape, layer.residual, layer.activation, tuple(size), torch.get_num_threads())
+    code = [key_of_code(layer.algorithm(choice)) for choice in choices if is_generated(choice)]
     versions = (torch.__version__, torch.backends.cpu.get_cpu_capability(), installed("tersenet"))
     return repr((processor(), versions, code, what, choices)).encode()
 
@@ -91,13 +91,14 @@ def _read(data: bytes | None, choices: list[str]) -> dict[str, float] | None:
     return kept if all(isinstance(value, float) and value > 0 for value in kept.values()) else None
 
 
-def compiled(choices: Iterable[str]) -> str | None:
-    """Make the code of the Winograd `choices`; why that is not possible, or None."""
+def compiled(wanted: Iterable[tuple[AnyLayer, str]]) -> str | None:
+    """Make the code of layers' generated choices; why that is not possible, or None."""
     from tersenet.kernels.compiled import kernels
 
     try:
-        for choice in choices:
-            kernels(algorithm(choice))
+        for layer, choice in wanted:
+            if is_generated(choice):
+                kernels(layer.algorithm(choice))
     except TersenetError as error:
         return str(error)
     return None

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from tersenet.lowering.program import attribute, constant, reader
+from tersenet.nn import winograd_relu_operator
 
 _aten = torch.ops.aten
+# Its weight has output channels last.
+_DOMAIN = winograd_relu_operator.OPERATOR
 _LAYERS = frozenset(
     [
         _aten.conv1d.default,
@@ -20,6 +23,7 @@ _LAYERS = frozenset(
         _aten.conv2d.padding,
         _aten.conv3d.padding,
         _aten.linear.default,
+        _DOMAIN,
     ]
 )
 # torch.export's own form, and the one that is left when it has been made functional.
@@ -53,7 +57,8 @@ def _fold(made: fx.GraphModule, layer: fx.Node, affine: _Affine) -> bool:
     bias = constant(made, given)
     if weight is None or (bias is None) != (given is None):
         return False
-    scaled = weight.double() * affine.scale.view(-1, *[1] * (weight.dim() - 1))
+    scale = affine.scale if layer.target is _DOMAIN else affine.scale.view(-1, *[1] * (weight.dim() - 1))
+    scaled = weight.double() * scale
     shifted = affine.shift if bias is None else affine.shift + bias.double() * affine.scale
     kept = {key: value for key, value in layer.kwargs.items() if key != "bias"}
     new = [attribute(made, value.to(weight.dtype), layer) for value in (scaled, shifted)]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from tersenet.lowering.layers import Layer, Pair, TorchConvolution
+from tersenet.lowering.layers import AnyLayer, DomainLayer, Layer, Pair
+from tersenet.lowering.modules import reference
 from tersenet.lowering.program import constant, erase, reader
+from tersenet.nn.winograd_relu_operator import OPERATOR, geometry_of
 
 _aten = torch.ops.aten
 _PLAIN: dict[Any, str] = {
@@ -22,13 +26,13 @@ _FIELDS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS: dict[str, Any] = {"bias": None, "stride": [1], "padding": [0], "dilation": [1], "groups": 1}
 
 
-def fuse(made: fx.GraphModule) -> dict[str, Layer]:
+def fuse(made: fx.GraphModule) -> dict[str, AnyLayer]:
     """Replace every convolution of images by a module `layer_0`, ... of plain torch; returns what each computes.
 
     Later convolutions come first, since of two that are added only one can take the sum.
     """
-    found: dict[str, Layer] = {}
-    nodes = [node for node in made.graph.nodes if node.target in (_aten.conv2d.default, _aten.conv2d.padding)]
+    found: dict[str, AnyLayer] = {}
+    nodes = [node for node in made.graph.nodes if node.target in _DESCRIBED]
     for number, node in reversed(list(enumerate(nodes))):
         layer = _fused(made, node, f"layer_{number}")
         if layer is not None:
@@ -36,14 +40,9 @@ def fuse(made: fx.GraphModule) -> dict[str, Layer]:
     return dict(reversed(found.items()))
 
 
-def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> Layer | None:
-    given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_FIELDS, node.args, strict=False)), **node.kwargs}
-    weight, bias = constant(made, given["weight"]), constant(made, given["bias"])
-    if weight is None or (bias is None) != (given["bias"] is None) or node.meta["val"].dim() != 4:
-        return None
-    stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
-    padding = _padding(given["padding"], stride, dilation, weight.shape[2:])
-    if padding is None or weight.dtype != torch.float32:
+def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> AnyLayer | None:
+    described = _DESCRIBED[node.target](made, node)
+    if described is None:
         return None
     nodes = [node]
     residual = _residual(node)
@@ -52,24 +51,62 @@ def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> Layer | None:
     activation = _activation(nodes[-1])
     if activation is not None:
         nodes.append(next(iter(nodes[-1].users)))
-    layer = Layer(
-        name=_name(node),
+    layer = described(name=_name(node), residual=residual is not None, activation=activation or "none")
+    made.add_module(target, reference(layer))
+    with made.graph.inserting_before(nodes[-1]):
+        call = made.graph.call_module(target, (node.args[0], *([residual] if residual is not None else [])))
+    call.meta = dict(nodes[-1].meta)
+    nodes[-1].replace_all_uses_with(call)
+    erase(made, nodes)
+    return layer
+
+
+def _plain(made: fx.GraphModule, node: fx.Node) -> Callable[..., Layer] | None:
+    """The layer but for what follows it, or None for one that stays as it is."""
+    given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_FIELDS, node.args, strict=False)), **node.kwargs}
+    weight, bias = constant(made, given["weight"]), constant(made, given["bias"])
+    if weight is None or (bias is None) != (given["bias"] is None) or node.meta["val"].dim() != 4:
+        return None
+    stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
+    padding = _padding(given["padding"], stride, dilation, weight.shape[2:])
+    if padding is None or weight.dtype != torch.float32:
+        return None
+    return partial(
+        Layer,
         weight=weight.clone(),
         bias=None if bias is None else bias.clone(),
         stride=stride,
         padding=padding,
         dilation=dilation,
         groups=given["groups"],
-        residual=residual is not None,
-        activation=activation or "none",
     )
-    made.add_module(target, TorchConvolution(layer))
-    with made.graph.inserting_before(nodes[-1]):
-        call = made.graph.call_module(target, (given["input"], *([residual] if residual is not None else [])))
-    call.meta = dict(nodes[-1].meta)
-    nodes[-1].replace_all_uses_with(call)
-    erase(made, nodes)
-    return layer
+
+
+def _domain(made: fx.GraphModule, node: fx.Node) -> Callable[..., DomainLayer] | None:
+    """The same for a layer with its weight in the Winograd domain; its mask becomes zeros."""
+    args: Any = node.args
+    _, *tensors, points, tile, relu, padding = args
+    weight, bias, mask, at, bt = (constant(made, tensor) for tensor in tensors)
+    hidden = any((value is None) != (given is None) for value, given in zip((bias, mask), tensors[1:3], strict=True))
+    if weight is None or at is None or bt is None or hidden or weight.dtype != torch.float32:
+        return None
+    return partial(
+        DomainLayer,
+        weight=weight.clone() if mask is None else weight.masked_fill(~mask, 0),
+        bias=None if bias is None else bias.clone(),
+        at=at.clone(),
+        bt=bt.clone(),
+        points=points,
+        relu=relu,
+        geometry=geometry_of(tile, len(bt), padding),
+    )
+
+
+_DESCRIBED: dict[Any, Callable[[fx.GraphModule, fx.Node], Callable[..., AnyLayer] | None]] = {
+    _aten.conv2d.default: _plain,
+    _aten.conv2d.padding: _plain,
+    OPERATOR: _domain,
+}
 
 
 def _residual(node: fx.Node) -> fx.Node | None:

@@ -1,41 +1,32 @@
-"""A convolution with what follows it, and the kernels that can compute it."""
+"""What a convolution of the lowered network computes, with what follows it, and the kernels that fit it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode as _mode  # pyright: ignore[reportPrivateUsage]
+from torch import Tensor
 
-from tersenet.kernels import threads
-from tersenet.kernels.generate import Algorithm, R
+from tersenet.kernels.generate import OUTPUTS, Algorithm, R
 from tersenet.kernels.host import host
-from tersenet.kernels.operator import winograd_conv2d
-from tersenet.kernels.pack import pack
-from tersenet.kernels.winograd import BOUNDS, Call, Tables
-from tersenet.kernels.winograd import call as prepared
+from tersenet.ops.winograd_tiles import Geometry
 
 Pair = tuple[int, int]
 
-
-@dataclass(frozen=True)
-class _Activation:
-    function: Callable[[Tensor], Tensor]  # in place
-    onednn: str
-    scalars: tuple[float, ...] = ()
-
-
-ACTIVATIONS = {
-    "none": _Activation(lambda x: x, "none"),
-    "relu": _Activation(torch.relu_, "relu"),
-    "relu6": _Activation(lambda x: F.hardtanh_(x, 0.0, 6.0), "hardtanh", (0.0, 6.0)),
-    "silu": _Activation(lambda x: F.silu(x, inplace=True), "swish"),
-    "hardswish": _Activation(lambda x: F.hardswish(x, inplace=True), "hardswish"),
+WINOGRAD = {
+    "F2": (2, "float"),
+    "F4": (4, "float"),
+    "F6": (6, "float"),
+    "F2 half": (2, "half"),
+    "F4 half": (4, "half"),
 }
+"""Choice -> m, and how the packed weight is kept."""
+SPARSE = ("sparse", "scattered")
+"""Choices that leave out what is pruned, by F(m, 3) of the layer's own m: blocks of a vector of output channels that
+are all zero, or single weights."""
+CHOICES = ("torch", "direct", *WINOGRAD, *SPARSE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,21 @@ class Layer:
         plain = self.stride == self.dilation == (1, 1) and self.groups == 1
         return plain and tuple(self.weight.shape[2:]) == (R, R)
 
+    def fits(self, choice: str) -> bool:
+        """Whether the kernel `choice` can compute this."""
+        return choice in ("torch", "direct") or (choice in WINOGRAD and self.fits_winograd)
+
+    def algorithm(self, choice: str) -> Algorithm:
+        """Of a Winograd choice, on this processor. Raises: TersenetError where there are no kernels."""
+        m, kept = WINOGRAD[choice]
+        return Algorithm(m, host().isa(), kept)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Everything that decides about times, but for the input and the epilogue; not the weights' values."""
+        taken = (tuple(self.weight.shape), self.bias is not None, self.stride, self.padding, self.dilation)
+        return (*taken, self.groups)
+
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """(N, C_out, H', W') for an input of `size`."""
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
@@ -73,125 +79,99 @@ class Layer:
         text = f"{kernel[0]}x{kernel[1]} {inputs * self.groups} -> {outputs}"
         text += f" /{self.stride[0]}" if max(self.stride) > 1 else ""
         text += f" groups {self.groups}" if self.groups > 1 else ""
-        text += " + residual" if self.residual else ""
-        return text + (f", {self.activation}" if self.activation != "none" else "")
+        return text + _epilogue(self.residual, self.activation)
 
 
-class TorchConvolution(nn.Module):
-    """Plain torch, weights in channels-last memory."""
+@dataclass(frozen=True)
+class DomainLayer:
+    """activation(A^T [sum over C_in of W * V] A + bias + residual) with V = B^T d B, or its ReLU, for every tile d.
 
-    weight: Tensor
-    bias: Tensor | None
+    `weight` (t t, C_in, C_out) is in the Winograd domain, zero where it is pruned; `bias` (C_out,), A^T (m, t), B^T
+    (t, t). `points` is the name of the set that these come from, if it has one.
+    """
 
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.register_buffer("weight", layer.weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", layer.bias)
-        self._settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        self._activation = ACTIVATIONS[layer.activation].function
+    name: str
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(repr=False)
+    at: Tensor = field(repr=False)
+    bt: Tensor = field(repr=False)
+    points: str | None
+    relu: bool
+    geometry: Geometry
+    residual: bool
+    activation: str
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.conv2d(x, self.weight, self.bias, *self._settings)
-        return self._activation(y if residual is None else y.add_(residual))
+    @property
+    def hindrance(self) -> str | None:
+        """Why there are no generated kernels for it; None if there are."""
+        (top, bottom), (left, right) = self.geometry.padding
+        if self.geometry.taps != R or self.geometry.tile not in OUTPUTS:
+            return f"they compute F(m, 3) with m in {OUTPUTS}, not F({self.geometry.tile}, {self.geometry.taps})"
+        if top != bottom or left != right:
+            return f"the padding {self.geometry.padding} differs from side to side"
+        return "its transforms are of points without a name" if self.points is None else None
 
+    @property
+    def sides(self) -> Pair:
+        """The padding, of one that is the same on both sides."""
+        return self.geometry.padding[0][0], self.geometry.padding[1][0]
 
-class DirectConvolution(nn.Module):
-    """oneDNN's convolution with its weight packed once, bias, sum and activation in one pass."""
+    def fits(self, choice: str) -> bool:
+        """Whether the kernel `choice` can compute this."""
+        if choice == "torch":
+            return True
+        own = self.density < 1 if choice in SPARSE else WINOGRAD.get(choice, (0, ""))[0] == self.geometry.tile
+        return own and self.hindrance is None
 
-    def __init__(self, layer: Layer, size: tuple[int, ...]) -> None:
-        super().__init__()
-        weight = layer.weight.contiguous().to_mkldnn()
-        settings = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # pyright: ignore
-        # Not a buffer: a packed tensor can be neither moved nor saved.
-        self._weight = reorder(weight, *settings, list(size))
-        self._bias = layer.bias
-        self._settings = tuple(list(one) if isinstance(one, tuple) else one for one in settings)
-        activation = ACTIVATIONS[layer.activation]
-        # With a sum, oneDNN's operator knows no activation but ReLU.
-        self._apart = layer.residual and layer.activation not in ("none", "relu")
-        self._function = activation.function
-        self._post = (activation.onednn, list(activation.scalars), "")
-        unary = "relu" if layer.activation == "relu" else None
-        self._binary = ("add", 1.0, unary, [], "")
+    def algorithm(self, choice: str) -> Algorithm:
+        """Of a Winograd choice, on this processor. Raises: TersenetError where there are no kernels."""
+        assert self.points is not None
+        kept = choice if choice in SPARSE else WINOGRAD[choice][1]
+        return Algorithm(self.geometry.tile, host().isa(), kept, self.points, self.relu)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        run = torch.ops.mkldnn._convolution_pointwise
-        if residual is None:
-            return run.default(x, self._weight, self._bias, *self._settings, *self._post)
-        y = run.binary(x, residual, self._weight, self._bias, *self._settings, *self._binary)
-        return self._function(y) if self._apart else y
+    @cached_property
+    def density(self) -> float:
+        """Share of the weights that are not zero."""
+        return int(torch.count_nonzero(self.weight)) / self.weight.numel()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DirectConvolution:
-        return self  # it never changes
+    def blocks(self, width: int) -> float:
+        """Share of the blocks of one input channel by `width` output channels that are not all zero."""
+        outputs = self.weight.shape[2]
+        padded = torch.nn.functional.pad(self.weight, (0, -outputs % width))
+        return float((padded.unflatten(2, (-1, width)) != 0).any(3).double().mean())
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """As of `Layer`; how much is pruned decides too. Where it is matters little: layers of one density share
+        times."""
+        kept = (round(self.density, 2), *(round(self.blocks(width), 2) for width in (4, 16)))
+        what = (self.points, self.relu, self.geometry, kept)
+        return (tuple(self.weight.shape), self.bias is not None, *what)
 
-def _watched(x: Tensor) -> bool:
-    """Whether somebody looks at operators, or `x` is no plain tensor: then it has to be an operator of torch."""
-    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or _mode() is not None
-    return watched or type(x) is not Tensor
+    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """(N, C_out, H', W') for an input of `size`."""
+        return (size[0], self.weight.shape[2], self.geometry.out(size[2], 0), self.geometry.out(size[3], 1))
 
-
-def _key(x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
-    """What decides whether an earlier check, and what was worked out then, holds."""
-    other = None if residual is None else (residual.dtype, residual.device, residual.shape, residual.stride())
-    return x.dtype, x.device, x.shape, x.stride(), other, torch.get_num_threads()
-
-
-class WinogradConvolution(nn.Module):
-    """The generated kernels, with their weight packed once. The way through torch's operator takes longer than a small
-    layer, and is taken once for each size."""
-
-    def __init__(self, layer: Layer, m: int, half: bool) -> None:
-        super().__init__()
-        self._packed = pack(layer.weight, layer.bias, m, half=half)
-        self._padding = layer.padding
-        self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation].function
-        self._activation = layer.activation if self._function is None else "none"
-        self._tables = Tables(self._packed.weight, self._packed.bias)
-        self._calls: dict[tuple[Any, ...] | None, Call] = {}
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        key = None if _watched(x) else _key(x, residual)
-        call = self._calls.get(key)
-        if call is not None:
-            y = call.run(x, self._tables, residual)
-        else:
-            y = winograd_conv2d(x, self._packed, self._padding, residual, self._activation)
-            if key is not None and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1):
-                self._calls[key] = self._call(x, residual)
-        return y if self._function is None else self._function(y)
-
-    def _call(self, x: Tensor, residual: Tensor | None) -> Call:
-        strides = None if residual is None else residual.stride()
-        packed, count = self._packed, threads.available()
-        settings = (self._padding, packed.out_channels, self._activation, count)
-        return prepared(packed.algorithm, x.shape, x.stride(), strides, *settings)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WinogradConvolution:
-        return self  # it never changes
+    @property
+    def kind(self) -> str:
+        """Such as `F(2, 3) relu 64 -> 128 + residual, relu`; the first ReLU is that of the Winograd domain."""
+        inside = " relu" if self.relu else ""
+        text = f"F({self.geometry.tile}, {self.geometry.taps}){inside} {self.weight.shape[1]} -> {self.weight.shape[2]}"
+        return text + _epilogue(self.residual, self.activation)
 
 
-WINOGRAD = {"F2": (2, False), "F4": (4, False), "F6": (6, False), "F2 half": (2, True), "F4 half": (4, True)}
-"""Choice -> m, and whether the packed weight is kept in 16 bits."""
-CHOICES = ("torch", "direct", *WINOGRAD)
+AnyLayer = Layer | DomainLayer
+
+
+def _epilogue(residual: bool, activation: str) -> str:
+    return (" + residual" if residual else "") + (f", {activation}" if activation != "none" else "")
+
+
+def is_generated(choice: str) -> bool:
+    """Whether it is a kernel of ours."""
+    return choice in SPARSE or choice in WINOGRAD
 
 
 def has_half() -> bool:
     """Whether this processor's kernels read weights of 16 bits. Raises: TersenetError where there are no kernels."""
     return host().isa().has_half
-
-
-def algorithm(choice: str) -> Algorithm:
-    """Of a Winograd choice, on this processor. Raises: TersenetError where there are no kernels."""
-    m, half = WINOGRAD[choice]
-    return Algorithm(m, host().isa(), "half" if half else "float")
-
-
-def build(layer: Layer, choice: str, size: tuple[int, ...]) -> nn.Module:
-    """The kernel `choice` for `layer`, packed for inputs of `size` (N, C, H, W); it takes any batch."""
-    if choice == "torch":
-        return TorchConvolution(layer)
-    if choice == "direct":
-        return DirectConvolution(layer, size)
-    return WinogradConvolution(layer, *WINOGRAD[choice])

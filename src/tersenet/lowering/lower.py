@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
 from tersenet.errors import GraphError, TersenetError, UnknownNameError
-from tersenet.exporting.program import first_line
 from tersenet.graph.model import random_like
 from tersenet.graph.precision import full_float32
 from tersenet.graph.record import input_of
 from tersenet.graph.trace import evaluating, tensors_in
-from tersenet.lowering.choose import Size, compiled, ranking, times_of
+from tersenet.lowering.assign import channels_last, chosen, distance, kernels_offered, run_graph, sizes_of
 from tersenet.lowering.fold import fold_affine
 from tersenet.lowering.fuse import fuse
-from tersenet.lowering.layers import CHOICES, WINOGRAD, Layer, TorchConvolution, build, has_half
+from tersenet.lowering.layers import CHOICES
+from tersenet.lowering.modules import TorchConvolution, TorchDomain
 from tersenet.lowering.program import program
-from tersenet.lowering.report import LoweredLayer, LoweredReport
+from tersenet.lowering.report import LoweredReport
 from tersenet.models.usable import unwrapped
 
-_LAYER_ERROR = 1e-4
-_HALF_LAYER_ERROR = 1e-2
 _ERROR = 1e-3
 _HALF_ERROR = 5e-2
 
@@ -81,8 +79,8 @@ def lower(
         example: what forward takes: a tensor (N, ...) or a tuple of them. Its batch is what is measured with; any
             batch size runs. Other sizes are fixed.
         half: also try weights kept in 16 bits; they are less exact.
-        choice: `torch`, `direct`, `F2`, `F4`, `F6`, `F2 half` or `F4 half` for every layer that it fits, unmeasured;
-            `direct` for the others. None: measure.
+        choice: `torch`, `direct`, `F2`, `F4`, `F6`, `F2 half`, `F4 half`, `sparse` or `scattered` for every layer that
+            it fits, unmeasured; for the others `direct`, and `torch` where that does not fit. None: measure.
         threads: how many to measure with; by default torch's current number. The result runs on torch's number.
         tolerance: largest relative L2 error of an output; by default 1e-3, with 16-bit weights 5e-2.
 
@@ -94,7 +92,7 @@ def lower(
     inputs: tuple[Tensor, ...] = tuple(example) if isinstance(example, (tuple, list)) else (example,)  # pyright: ignore
     input_of(inputs)
     _check(model, inputs, choice, threads)
-    uses_half = half or choice in ("F2 half", "F4 half")
+    uses_half = half or (choice or "").endswith("half")
     limit = tolerance if tolerance is not None else _HALF_ERROR if uses_half else _ERROR
     notes: list[str] = []
     with _threads(threads), full_float32(), torch.no_grad():
@@ -103,9 +101,9 @@ def lower(
         layers = fuse(made)
         graph = _owned(made)
         noise = random_like(inputs, seed=0)
-        sizes = _sizes(graph, layers, noise)
-        offered = _offered(half, choice, notes, any(layer.fits_winograd for layer in layers.values()))
-        found = _chosen(graph, layers, sizes, offered, noise, choice)
+        sizes = sizes_of(graph, layers, noise)
+        offered = kernels_offered(half, choice, notes, layers.values())
+        found = chosen(graph, layers, sizes, offered, noise, choice)
         other = Counter(_operator(node) for node in graph.graph.nodes if node.op == "call_function")
         for name in ("sym_size", "getitem"):
             other.pop(name, None)
@@ -115,11 +113,6 @@ def lower(
             again = tuple(x if len(x) == size else torch.cat([x, x[:1]]) for x in noise)
             error = max(error, _compare(model, graph, again, size, limit))
     return Lowered(graph, inputs, LoweredReport(found, error, folded, dict(other), batch, used, tuple(notes)))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Images with the channels of each pixel side by side; everything else as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _check(model: nn.Module, inputs: tuple[Tensor, ...], choice: str | None, threads: int | None) -> None:
@@ -155,7 +148,7 @@ def _owned(made: fx.GraphModule) -> fx.GraphModule:
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach())
-        if not isinstance(module, TorchConvolution):
+        if not isinstance(module, (TorchConvolution, TorchDomain)):
             for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 setattr(module, name, channels_last(buffer.detach().clone()))
     return graph
@@ -166,107 +159,11 @@ def _operator(node: fx.Node) -> str:
     return schema.name.rpartition("::")[2] if schema is not None else getattr(node.target, "__name__", str(node.target))
 
 
-def _offered(half: bool, choice: str | None, notes: list[str], wanted: bool) -> list[str]:
-    """The kernels that this machine has; why some are missing goes into `notes`."""
-    offered = ["torch", "direct"]
-    if not torch.backends.mkldnn.is_available():
-        notes.append("this torch has no oneDNN: plain convolutions are torch's own")
-        offered = ["torch"]
-    if not wanted or choice in ("torch", "direct"):
-        return offered
-    asked = [choice] if choice is not None else [name for name, (_, packed) in WINOGRAD.items() if half or not packed]
-    try:
-        if not has_half() and any(WINOGRAD[name][1] for name in asked):
-            notes.append("this processor does not read 16-bit weights: they are not offered")
-            asked = [name for name in asked if not WINOGRAD[name][1]]
-        problem = compiled(asked)
-    except TersenetError as error:
-        problem = str(error)
-    if problem is not None:
-        notes.append(f"no generated kernels: {problem}")
-        return offered
-    return [*offered, *asked]
-
-
-def _sizes(graph: fx.GraphModule, layers: dict[str, Layer], inputs: tuple[Tensor, ...]) -> dict[str, Size]:
-    """The size of each layer's input."""
-    sizes: dict[str, Size] = {}
-
-    def hook(target: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            sizes[target] = tuple(args[0].shape)
-
-        return note
-
-    with ExitStack() as stack:
-        for target in layers:
-            handle = graph.get_submodule(target).register_forward_hook(hook(target))
-            stack.callback(handle.remove)
-        _run(graph, inputs)
-    return sizes
-
-
-def _chosen(
-    graph: fx.GraphModule,
-    layers: dict[str, Layer],
-    sizes: dict[str, Size],
-    offered: list[str],
-    inputs: tuple[Tensor, ...],
-    forced: str | None,
-) -> tuple[LoweredLayer, ...]:
-    """Put the best kernel of small error in the place of each layer, and say which."""
-    found: dict[str, LoweredLayer] = {}
-    candidates: dict[str, list[str]] = {}
-    times: dict[str, dict[str, float]] = {}
-    for target, layer in layers.items():
-        fitting = [name for name in offered if name not in WINOGRAD or layer.fits_winograd]
-        if forced is not None:
-            candidates[target] = sorted(fitting, key=(forced, "direct", "torch").index)
-        else:
-            times[target] = times_of(layer, sizes[target], fitting)
-            candidates[target] = ranking(times[target])
-
-    def hook(target: str) -> Callable[..., None]:
-        def judge(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            layer, rejected = layers[target], list[str]()
-            for name in candidates[target]:
-                kernel = module if name == "torch" else build(layer, name, sizes[target])
-                error = 0.0 if name == "torch" else distance(kernel(*args), output)
-                if error <= (_HALF_LAYER_ERROR if name.endswith("half") else _LAYER_ERROR) or name == "torch":
-                    graph.add_module(target, kernel)
-                    taken = (name, times.get(target, {}), error, tuple(rejected))
-                    found[target] = LoweredLayer(layer.name, layer.kind, sizes[target], *taken)
-                    return
-                rejected.append(name)
-
-        return judge
-
-    with ExitStack() as stack:
-        # Every layer is judged on what it really reads: the plain network's activations.
-        for target in layers:
-            handle = graph.get_submodule(target).register_forward_hook(hook(target))
-            stack.callback(handle.remove)
-        _run(graph, inputs)
-    return tuple(found[target] for target in layers)
-
-
-def _run(graph: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    try:
-        return graph(*map(channels_last, inputs))
-    except TersenetError:
-        raise
-    except Exception as error:
-        raise GraphError(
-            f"the lowered network does not run: {type(error).__name__}: {first_line(error)}. Its forward may serve one "
-            "batch size only, or depend on the memory order of images, which is channels-last here"
-        ) from error
-
-
 def _compare(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Tensor, ...], batch: int, limit: float) -> float:
     """The largest distance of an output. Raises: GraphError if it is above `limit`."""
     with evaluating(model):
-        expected = tensors_in(_run(model, tuple(x.clone() for x in inputs)))
-    outputs = tensors_in(_run(graph, inputs))
+        expected = tensors_in(run_graph(model, tuple(x.clone() for x in inputs)))
+    outputs = tensors_in(run_graph(graph, inputs))
     pairs = list(zip(outputs, expected, strict=True))
     error = max((distance(a, b) if a.shape == b.shape else float("inf") for a, b in pairs), default=0.0)
     if not error <= limit:
@@ -275,12 +172,3 @@ def _compare(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Tensor, ...]
             f"batch size {batch}), more than the tolerance of {limit:.0e}. Try choice='F2' or 'direct', without half"
         )
     return error
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in float64; 0 for what is no floating point number, since ties may fall either way."""
-    if not b.is_floating_point():
-        return 0.0
-    size = float(b.double().norm())
-    apart = float((a.double() - b.double()).norm())
-    return apart / size if size else apart

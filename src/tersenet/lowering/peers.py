@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tersenet.exporting.onnx import export_onnx
 from tersenet.graph.copies import copied
 from tersenet.graph.trace import tensors_in
-from tersenet.lowering.lower import channels_last
+from tersenet.lowering.assign import channels_last
 
 Runner = Callable[[], list[Tensor]]
 Maker = Callable[[nn.Module, tuple[Tensor, ...], int, Path], Runner]

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from tersenet.errors import GraphError
 from tersenet.exporting.program import any_batch, batches, first_line
 from tersenet.graph.trace import evaluating
+from tersenet.nn.winograd_relu_operator import as_operator
 
 _aten = torch.ops.aten
 _CHECKS = frozenset([_aten._assert_tensor_metadata.default])
@@ -33,14 +34,15 @@ _LARGEST_CONSTANT = 2**24
 
 
 def program(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
-    """The operators of `model` in evaluation mode; parameters are attributes, and still the model's own tensors.
+    """The operators of `model` in evaluation mode; parameters are attributes, and still the model's own tensors. A
+    layer with its weight in the Winograd domain is one operator.
 
     Raises:
         GraphError: the network can't be exported, serves one batch size only, or changes its own state.
     """
     inputs = batches(example)[2]
     name = type(model).__name__
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), as_operator():
         try:
             found = torch.export.export(model, inputs, dynamic_shapes=any_batch(model, inputs), strict=False)
             made = found.module(check_guards=False)

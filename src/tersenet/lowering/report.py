@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tersenet.lowering.layers import WINOGRAD
+
 
 @dataclass(frozen=True)
 class LoweredLayer:
     """One convolution with what was fused into it.
 
-    `choice`: `torch`, `direct` (oneDNN, packed) or a Winograd algorithm. `times`: choice -> median milliseconds, empty
-    where the choice was forced. `error`: relative L2 distance from torch's convolution of the same input and folded
-    weight. `rejected`: faster choices whose error was too large.
+    `choice`: `torch`, `direct` (oneDNN, packed), a Winograd algorithm, `sparse` or `scattered`. `times`: choice ->
+    median milliseconds, empty where the choice was forced. `error`: relative L2 distance from torch's result for the
+    same input and folded weight. `density`: share of the weights that are not zero, of a layer of the Winograd domain.
+    `rejected`: faster choices whose error was too large.
     """
 
     name: str
@@ -21,6 +24,7 @@ class LoweredLayer:
     choice: str
     times: dict[str, float]
     error: float
+    density: float | None = None
     rejected: tuple[str, ...] = ()
 
 
@@ -43,7 +47,7 @@ class LoweredReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = ("LAYER", "CONVOLUTION", "INPUT", "KERNEL", "MS", "DIRECT MS", "ERROR")
+        head = ("LAYER", "CONVOLUTION", "INPUT", "DENSITY", "KERNEL", "MS", "DENSE MS", "ERROR")
         rows = [head, *map(_row, self.layers)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -60,7 +64,11 @@ class LoweredReport:
 
 
 def _row(layer: LoweredLayer) -> tuple[str, ...]:
-    own, direct = layer.times.get(layer.choice), layer.times.get("direct")
-    times = ("" if own is None else f"{own:.3f}", "" if direct is None else f"{direct:.3f}")
+    own = layer.times.get(layer.choice)
+    # Of a layer of the Winograd domain the generated kernel that does not know what is pruned.
+    dense = layer.times.get("direct", min((t for name, t in layer.times.items() if name in WINOGRAD), default=None))
+    times = ("" if own is None else f"{own:.3f}", "" if dense is None else f"{dense:.3f}")
     choice = layer.choice + "".join(f" (not {name}: error)" for name in layer.rejected)
-    return (layer.name, layer.kind, "x".join(map(str, layer.input)), choice, *times, f"{layer.error:.1e}")
+    density = "" if layer.density is None else f"{layer.density:.3f}"
+    size = "x".join(map(str, layer.input))
+    return (layer.name, layer.kind, size, density, choice, *times, f"{layer.error:.1e}")

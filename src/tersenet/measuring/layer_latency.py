@@ -156,7 +156,7 @@ def _measured(conv: nn.Conv2d, shape: Shape, tile: Tile, bits: int | None, batch
             best = min(times, key=times.__getitem__)
             return times[best], f"{best} float"
         choice = f"F{tile}"
-        if layer.fits_winograd and tile in (2, 4, 6) and compiled([choice]) is None:
+        if layer.fits(choice) and compiled([(layer, choice)]) is None:
             return times_of(layer, size, (choice,))[choice], f"{choice} float"
     module = conv if tile == "direct" else _winograd(conv, int(tile))
     return _median(module, torch.zeros(size)), "torch float"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tersenet.errors import TersenetError
 from tersenet.nn.masked import MaskedWeight
 from tersenet.nn.winograd_quantizer import is_direct
+from tersenet.nn.winograd_relu_operator import is_operator, winograd_relu_operator
 from tersenet.nn.winograd_relu_settings import Init, WinogradReLUSettings
 from tersenet.nn.winograd_transforms import TransformMatrices
 from tersenet.ops.winograd import kronecker
@@ -122,6 +123,8 @@ class WinogradReLUConv2d(MaskedWeight):
         self._check(x)
         if is_direct():
             return self._direct(x)
+        if is_operator() and not (self.settings.relu and self.spatial_share):
+            return self._operator(x)
         # Half precision would cost F(4, 3) two digits.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             aa, bb = self._matrices(x)
@@ -154,6 +157,13 @@ class WinogradReLUConv2d(MaskedWeight):
         # Not by relu: whoever looks for a network's own ReLUs must not find one here.
         x = nn.functional.pad(x.clamp(min=0) if self.settings.relu else x, (left, right, top, bottom))
         return nn.functional.conv2d(x, filters, self.bias)
+
+    def _operator(self, x: Tensor) -> Tensor:
+        at, _, bt = self.transforms(torch.promote_types(x.dtype, torch.float32))
+        named = self.settings.points if isinstance(self.settings.points, str) else None
+        padding = [side for sides in self.padding for side in sides]
+        what = (named, self.settings.tile, self.settings.relu, padding)
+        return winograd_relu_operator(x, self.weight, self.bias, self.mask, at, bt, *what)
 
     def extra_repr(self) -> str:
         exact, relu = self.transforms.exact, "ReLU in the Winograd domain" if self.settings.relu else "no ReLU"

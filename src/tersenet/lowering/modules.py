@@ -1,0 +1,185 @@
+"""The kernels that can compute a layer, as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode as _mode  # pyright: ignore[reportPrivateUsage]
+
+from tersenet.kernels import threads
+from tersenet.kernels.operator import winograd_conv2d
+from tersenet.kernels.pack import Packed, pack, pack_domain
+from tersenet.kernels.pack_sparse import SparsePacked, pack_sparse
+from tersenet.kernels.sparse_operator import sparse_winograd_conv2d
+from tersenet.kernels.winograd import BOUNDS, Call, Tables
+from tersenet.kernels.winograd import call as prepared
+from tersenet.lowering.layers import SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
+from tersenet.ops.winograd import kronecker
+from tersenet.ops.winograd_relu import Activation as Winograd
+from tersenet.ops.winograd_relu import winograd_relu_conv2d
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu_,
+    "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
+    "silu": lambda x: F.silu(x, inplace=True),
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+}
+"""In place."""
+_ONEDNN: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+    "hardswish": ("hardswish", []),
+}
+"""What oneDNN calls them, and their numbers."""
+
+
+class TorchConvolution(nn.Module):
+    """Plain torch, weights in channels-last memory."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.register_buffer("weight", layer.weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", layer.bias)
+        self._settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self._activation = ACTIVATIONS[layer.activation]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias, *self._settings)
+        return self._activation(y if residual is None else y.add_(residual))
+
+
+class TorchDomain(nn.Module):
+    """The layer of the Winograd domain in plain torch."""
+
+    weight: Tensor
+    bias: Tensor | None
+    aa: Tensor
+    bb: Tensor
+
+    def __init__(self, layer: DomainLayer) -> None:
+        super().__init__()
+        self.register_buffer("weight", layer.weight)
+        self.register_buffer("bias", layer.bias)
+        self.register_buffer("aa", kronecker(layer.at))
+        self.register_buffer("bb", kronecker(layer.bt))
+        self._settings = (layer.geometry, Winograd(layer.relu))
+        self._activation = ACTIVATIONS[layer.activation]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = winograd_relu_conv2d(x, self.weight, None, self.bias, self.aa, self.bb, *self._settings)
+        return self._activation(y if residual is None else y.add_(residual))
+
+
+class DirectConvolution(nn.Module):
+    """oneDNN's convolution with its weight packed once, bias, sum and activation in one pass."""
+
+    def __init__(self, layer: Layer, size: tuple[int, ...]) -> None:
+        super().__init__()
+        weight = layer.weight.contiguous().to_mkldnn()
+        settings = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # pyright: ignore
+        # Not a buffer: a packed tensor can be neither moved nor saved.
+        self._weight = reorder(weight, *settings, list(size))
+        self._bias = layer.bias
+        self._settings = tuple(list(one) if isinstance(one, tuple) else one for one in settings)
+        # With a sum, oneDNN's operator knows no activation but ReLU.
+        self._apart = layer.residual and layer.activation not in ("none", "relu")
+        self._function = ACTIVATIONS[layer.activation]
+        name, scalars = _ONEDNN[layer.activation]
+        self._post = (name, scalars, "")
+        unary = "relu" if layer.activation == "relu" else None
+        self._binary = ("add", 1.0, unary, [], "")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        run = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            return run.default(x, self._weight, self._bias, *self._settings, *self._post)
+        y = run.binary(x, residual, self._weight, self._bias, *self._settings, *self._binary)
+        return self._function(y) if self._apart else y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DirectConvolution:
+        return self  # it never changes
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether somebody looks at operators, or `x` is no plain tensor: then it has to be an operator of torch."""
+    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or _mode() is not None
+    return watched or type(x) is not Tensor
+
+
+def _key(x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
+    """What decides whether an earlier check, and what was worked out then, holds."""
+    other = None if residual is None else (residual.dtype, residual.device, residual.shape, residual.stride())
+    return x.dtype, x.device, x.shape, x.stride(), other, torch.get_num_threads()
+
+
+class WinogradConvolution(nn.Module):
+    """The generated kernels, with their weight packed once. The way through torch's operator takes longer than a small
+    layer, and is taken once for each size."""
+
+    def __init__(self, packed: Packed | SparsePacked, padding: Pair, activation: str) -> None:
+        super().__init__()
+        self._packed = packed
+        self._padding = padding
+        self._function = None if activation in BOUNDS else ACTIVATIONS[activation]
+        self._activation = activation if self._function is None else "none"
+        lists = (packed.list, packed.starts) if isinstance(packed, SparsePacked) else ()
+        self._tables = Tables(packed.weight, packed.bias, *lists)
+        self._calls: dict[tuple[Any, ...] | None, Call] = {}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        key = None if _watched(x) else _key(x, residual)
+        call = self._calls.get(key)
+        if call is not None:
+            y = call.run(x, self._tables, residual)
+        else:
+            y = self._checked(x, residual)
+            if key is not None and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1):
+                self._calls[key] = self._call(x, residual)
+        return y if self._function is None else self._function(y)
+
+    def _checked(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        packed, settings = self._packed, (self._padding, residual, self._activation)
+        if isinstance(packed, SparsePacked):
+            return sparse_winograd_conv2d(x, packed, *settings)
+        return winograd_conv2d(x, packed, *settings)
+
+    def _call(self, x: Tensor, residual: Tensor | None) -> Call:
+        strides = None if residual is None else residual.stride()
+        packed, count = self._packed, threads.available()
+        settings = (self._padding, packed.out_channels, self._activation, count)
+        return prepared(packed.algorithm, x.shape, x.stride(), strides, *settings)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WinogradConvolution:
+        return self  # it never changes
+
+
+def reference(layer: AnyLayer) -> nn.Module:
+    """`layer` by torch alone: it runs everywhere, and the others are judged by it."""
+    return TorchDomain(layer) if isinstance(layer, DomainLayer) else TorchConvolution(layer)
+
+
+def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
+    """The kernel `choice` for `layer`, packed for inputs of `size` (N, C, H, W); it takes any batch."""
+    if choice == "torch":
+        return reference(layer)
+    if isinstance(layer, DomainLayer):
+        made = layer.algorithm(choice)
+        settings = (layer.bias, made.m, made.isa.name, made.points, made.relu)
+        packed = (pack_sparse if choice in SPARSE else pack_domain)(layer.weight, *settings, made.weight)
+        return WinogradConvolution(packed, layer.sides, layer.activation)
+    if choice == "direct":
+        return DirectConvolution(layer, size)
+    m, kept = WINOGRAD[choice]
+    packed = pack(layer.weight, layer.bias, m, half=kept == "half")
+    return WinogradConvolution(packed, layer.padding, layer.activation)

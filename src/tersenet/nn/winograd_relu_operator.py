@@ -1,0 +1,93 @@
+"""The layer with its weight in the Winograd domain as one operator: what `lower` finds in an exported graph.
+
+The operator computes what the layer computes, by the same functions. Nothing but lowering switches it on, so exported
+programs stay free of operators of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tersenet.ops.winograd import kronecker
+from tersenet.ops.winograd_relu import Activation, winograd_relu_conv2d
+from tersenet.ops.winograd_tiles import Geometry
+
+_as_operator = False
+
+
+def is_operator() -> bool:
+    """Whether this is inside `as_operator`."""
+    return _as_operator
+
+
+@contextmanager
+def as_operator() -> Generator[None]:
+    """Inside, every `WinogradReLUConv2d` whose ReLU has moved is one call of the operator."""
+    global _as_operator
+    before, _as_operator = _as_operator, True
+    try:
+        yield
+    finally:
+        _as_operator = before
+
+
+def geometry_of(tile: int, taps: int, padding: Sequence[int]) -> Geometry:
+    """Of F(tile, r) with t = `taps` and the padding (top, bottom, left, right)."""
+    r = taps - tile + 1
+    top, bottom, left, right = padding
+    return Geometry(tile, (r, r), padding=((top, bottom), (left, right)))
+
+
+@torch.library.custom_op(
+    "tersenet::winograd_relu_conv2d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor at, Tensor bt, str? points, int tile, "
+    "bool relu, int[] padding) -> Tensor",
+)
+def winograd_relu_operator(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    at: Tensor,
+    bt: Tensor,
+    points: str | None,
+    tile: int,
+    relu: bool,
+    padding: Sequence[int],
+) -> Tensor:
+    """x (N, C_in, H, W), weight and mask (t t, C_in, C_out), A^T (m, t), B^T (t, t) -> (N, C_out, H', W').
+
+    `points` is the name of the set that the transforms come from, if it has one; `padding` (top, bottom, left, right).
+    """
+    geometry = geometry_of(tile, len(bt), padding)
+    matrices = (kronecker(at), kronecker(bt))
+    return winograd_relu_conv2d(x, weight, mask, bias, *matrices, geometry, Activation(relu))
+
+
+@winograd_relu_operator.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    at: Tensor,
+    bt: Tensor,
+    points: str | None,
+    tile: int,
+    relu: bool,
+    padding: Sequence[int],
+) -> Tensor:
+    geometry = geometry_of(tile, len(bt), padding)
+    shape = (x.shape[0], weight.shape[2], geometry.out(x.shape[2], 0), geometry.out(x.shape[3], 1))
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    order = torch.channels_last if nhwc else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
+
+
+OPERATOR = torch.ops.tersenet.winograd_relu_conv2d.default
+"""As it stands in a graph."""
