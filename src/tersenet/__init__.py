@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         load,
         measure,
         save,
+        search_rates,
         sensitivity,
         workload,
     )
@@ -37,6 +38,7 @@ _HOMES = {
             "load",
             "measure",
             "save",
+            "search_rates",
             "sensitivity",
             "workload",
         ),
@@ -63,6 +65,7 @@ __all__ = [
     "lower",
     "measure",
     "save",
+    "search_rates",
     "sensitivity",
     "workload",
 ]

@@ -33,6 +33,8 @@ from tersenet.pipeline import Pipeline, preview, quiet, request_of
 from tersenet.recipe import Recipe, load_recipe
 from tersenet.results import Accuracy, Measures, Report
 from tersenet.run import Run
+from tersenet.search.amc import search as search_amc
+from tersenet.search.amc_settings import EPISODES, AmcResult, AmcSettings, Prune, Reward
 from tersenet.search.result import Sensitivity
 from tersenet.search.sensitivity import analyse
 from tersenet.search.settings import RATES, SAMPLES, Settings
@@ -289,12 +291,7 @@ def sensitivity(
         if isinstance(value, str):
             raise TersenetError(f"{name} (={value!r}) must be a list, such as [{value!r}]")
     settings = Settings(tuple(rates), importance, samples, split, tuple(include), tuple(exclude), residual, seed=seed)
-    what = model
-    if isinstance(model, nn.Module):
-        what = unwrapped(model)
-        check_usable(what, inputs=None)
-        what = copied(what)
-    source = Source(what, str(weights) if weights is not None else None, base=base)
+    source = _source_for_search(model, weights, base)
     return analyse(
         source,
         load_data(data, seed=seed, normalise=source.normalise),
@@ -305,6 +302,80 @@ def sensitivity(
         on_event=on_event,
         command=command,
     )
+
+
+def search_rates(
+    model: str | nn.Module,
+    data: Any,
+    target: str | None = None,
+    *,
+    reward: Reward = "accuracy",
+    prune: Prune = "channel_pruning",
+    episodes: int = EPISODES,
+    lowest: float = 0.2,
+    multiple: int = 1,
+    images: int = 500,
+    positions: int = 32,
+    samples: int = SAMPLES,
+    split: str | None = None,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    residual: Literal["independent", "coupled"] = "coupled",
+    weights: str | Path | None = None,
+    base: str | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    fresh: bool = False,
+    on_event: Callable[[dict[str, Any]], None] = quiet,
+    command: str | None = None,
+) -> AmcResult:
+    """How many channels each layer keeps within a budget, by AMC's agent, on a network that is not changed.
+
+    `result.rates` and `result.recipe()` are for `compress`. For the settings see `tersenet.search.amc_settings`.
+
+    Args:
+        model: as for `compress`; a module is not changed.
+        data: as for `compress`.
+        target: `macs=50%`, `params=0.3M`: no episode exceeds it.
+        out: the folder. The same call with the same folder goes on where it stopped. None: nothing is kept.
+        fresh: remove what an earlier search left in `out`.
+
+    Raises:
+        TersenetError: anything in the arguments that can't be used; nothing has been evaluated then.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TersenetError("a search runs in one process: start it without torchrun")
+    if data is None:
+        raise TersenetError("a search needs data to evaluate on: give some, such as --data digits")
+    for name, value in {"include": include, "exclude": exclude}.items():
+        if isinstance(value, str):
+            raise TersenetError(f"{name} (={value!r}) must be a list, such as [{value!r}]")
+    settings = AmcSettings(
+        target, reward, prune, episodes, lowest, multiple, images, positions, samples, split, tuple(include),
+        tuple(exclude), residual, seed,
+    )  # fmt: skip
+    source = _source_for_search(model, weights, base)
+    return search_amc(
+        source,
+        load_data(data, seed=seed, normalise=source.normalise),
+        settings,
+        device=_device(device),
+        out=Path(out) if out is not None else None,
+        fresh=fresh,
+        on_event=on_event,
+        command=command,
+    )
+
+
+def _source_for_search(model: str | nn.Module, weights: str | Path | None, base: str | None) -> Source:
+    """A module is copied, so that it stays as it is."""
+    what = model
+    if isinstance(model, nn.Module):
+        what = unwrapped(model)
+        check_usable(what, inputs=None)
+        what = copied(what)
+    return Source(what, str(weights) if weights is not None else None, base=base)
 
 
 def open_model(

@@ -19,7 +19,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 COMMANDS = [
     ("compress",), ("train",), ("eval",), ("measure",), ("export",), ("report",), ("models",), ("doctor",),
-    ("sensitivity",), ("data", "list"), ("data", "fetch"),
+    ("sensitivity",), ("search",), ("data", "list"), ("data", "fetch"),
     ("recipe", "list"), ("recipe", "show"), ("recipe", "copy"), ("recipe", "check"), ("recipe", "schema"),
 ]  # fmt: skip
 

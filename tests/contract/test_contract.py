@@ -157,6 +157,7 @@ NOTHING: dict[str, dict[str, Any]] = {
     "spatial_decomposition": {"rate": 0.0},
     "channel_decomposition": {"rate": 0.0},
     "merge_pointwise": {},
+    "fold_batch_norm": {},
     "soft_filter_pruning": {"rate": 0.0},
     "structured_sparsification": {"sparsity": 0.0},
 }

@@ -19,7 +19,7 @@ import tersenet as tn
 from graph_support import compare_on, randomise
 from tersenet.calibration.items import Costs, find_items
 from tersenet.calibration.readers import find_readers
-from tersenet.calibration.refit import contribution
+from tersenet.calibration.refit import contribution, curve
 from tersenet.calibration.sampling import Images, Targets, statistics
 from tersenet.calibration.solver import Solver
 from tersenet.data.bundle import Data
@@ -38,6 +38,7 @@ from tersenet.progress import Progress
 from tersenet.recipe import load_recipe
 from tersenet.recipe_target import Target
 from tersenet.train.evaluate import evaluate
+from zoo_support import needs
 
 EXAMPLE = (torch.zeros(2, *SHAPE),)
 
@@ -372,6 +373,51 @@ def test_a_target_is_met_and_used(target: str, allocate: str, residual: str) -> 
     assert 0.99 <= used <= 1
 
 
+def test_the_curve_of_a_layer_with_few_rows_is_that_of_its_fits() -> None:
+    """Without the ridge, 48 rows would be met exactly by 48 of 80 inputs: the rest would seem to be worth nothing."""
+    torch.manual_seed(0)
+    head = nn.Linear(80, CLASSES)
+    model = nn.Sequential(nn.Conv2d(3, 80, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    solver = solver_of(model, 48)
+    (item,) = find_items(solver.graph, ("*",), (), sample=False).all
+    known = solver.statistics(item.readers)
+    choice = solver.choice(item, known)
+    (reader,) = item.readers
+    found = curve(solver.graph, reader, known[reader.end], item.units, choice.order, solver.gone)
+    assert bool((found[1:] <= found[:-1] + 1e-12).all())
+    assert found[-1] < 1e-6 < 1e-4 < found[60]
+    for count in (10, 40, 60):
+        with solver.trial([item]):
+            solver.remove(item, choice.order[:count].sort().values)
+            error, _ = solver.fit(reader, known[reader.end])
+        assert float(found[count]) == pytest.approx(error, rel=1e-6)
+
+
+class Looped(nn.Module):
+    """A layer that reads the trunk and writes into it: it loses outputs with its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.block, self.head = nn.Conv2d(12, 12, 3, padding=1), nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head(F.relu(x + self.block(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("allocate", ["measured", "uniform"])
+def test_a_layer_that_writes_what_it_reads_is_fitted_to_what_is_left_of_both(allocate: str) -> None:
+    model = randomise(Looped())
+    whole = copy.deepcopy(model)
+    context = prune(model, "macs=60%", allocate=allocate, positions=64)
+    assert layer(model, "block").in_channels == layer(model, "block").out_channels < 12
+    fits = {fit.name: fit for fit in context.fits}
+    assert (fits["block"].error or 1.0) < (fits["block"].unfitted or 0.0)
+    assert output_error(whole, model) < 1.0
+
+
 def test_multiples_and_bounds() -> None:
     model = resnet()
     prune(model, "macs=60%", multiple=4, at_least=4)
@@ -647,6 +693,17 @@ def test_fact_12_the_published_resnet50_widths() -> None:
 def _rates(step: Any) -> list[tuple[str, float]]:
     assert isinstance(step, ChannelPruning)
     return list(step.rates.items())
+
+
+@pytest.mark.slow
+@needs("timm", "torchvision")
+def test_the_preset_of_xception_leaves_the_trunk_whole_and_halves_the_macs() -> None:
+    report = tn.compress(None, "channel_pruning_xception", dry_run=True).report
+    assert 0.495 < report.after.macs / report.before.macs <= 0.5
+    rows = {row.name: row for row in report.layers}
+    inner, depthwise = rows["block5.rep.1.pointwise"], rows["block5.rep.4.conv1"]
+    assert inner.out_after == depthwise.out_after < inner.out_before == 728
+    assert rows["block5.rep.7.pointwise"].out_after == rows["block12.skip"].in_after == 728
 
 
 @pytest.mark.slow

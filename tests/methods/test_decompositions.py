@@ -401,3 +401,41 @@ def test_shipped_recipes(recipe: str, target: str | None, included: str, tmp_pat
     assert report.after.macs <= Target.parse(target or settings.target or "").limit(report.before.macs)
     assert count_macs(result.model, example_of(result.model))[0] == report.after.macs
     assert any(fit.what == "rank" for step in report.steps for fit in step.fits)
+
+
+@pytest.mark.slow
+def test_fact_23_pairs_are_saved_loaded_exported_and_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spatial pairs, channel pairs, and pairs of pairs."""
+    monkeypatch.setenv("TERSENET_CACHE", str(tmp_path / "cache"))
+    model = Source("resnet8", arguments=(("width", 8),)).open(SHAPE, CLASSES)
+    randomise(model)
+    apply(SpatialDecomposition(images=64, rate=0.3, include=("layer1.*", "layer2.*")), model)
+    apply(ChannelDecomposition(images=64, rate=0.1, include=("layer2.*.1", "layer3.0.conv2")), model)
+    kinds = [edit.form for edit in ModelGraph(model, EXAMPLE).record.edits if edit.kind == "split"]
+    assert {"spatial", "channel"} == set(kinds)
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(x)
+    loaded = tn.load(tn.save(model, tmp_path / "saved"))
+    fast = tn.lower(loaded, x)
+    tn.export(loaded, tmp_path / "net.pt2", x)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), wanted)
+        assert float((fast(x) - wanted).norm() / wanted.norm()) < 1e-4
+        torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_fact_23_pairs_in_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    model = Chain().eval()
+    apply(SpatialDecomposition(ranks={"first": 5}), model)
+    apply(ChannelDecomposition(ranks={"first.1": 4, "second": 4}), model)
+    assert isinstance(model.get_submodule("first.1"), nn.Sequential)
+    tn.export(model, tmp_path / "net.onnx", torch.zeros(1, *SHAPE))
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    for n in (1, 3):
+        x = torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(n))
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)

@@ -95,6 +95,16 @@ def test_reading_between_chunks_changes_nothing_that_matters() -> None:
         assert_same(moments, x[: part * 100 + 100], y[: part * 100 + 100], 1e-12)
 
 
+def test_some_outputs_alone_have_the_moments_of_those_rows() -> None:
+    x, y = rows(3000, inputs=700)
+    moments, chosen = collected((x, y)), torch.tensor([True, False, True])
+    part = moments.of_outputs(chosen)
+    assert_same(part, x, y[:, chosen], 1e-12)
+    assert (part.outputs, part.inputs, part.rows) == (2, 700, 3000)
+    assert_same(moments, x, y, 1e-12)
+    assert moments.of_outputs(torch.ones(3, dtype=torch.bool)) is moments
+
+
 def test_half_precision_rows_are_multiplied_in_float32() -> None:
     x, y = (values.half() * 100 for values in rows(100))
     assert_same(collected((x, y)), x, y, 1e-5)

@@ -51,7 +51,7 @@ def _curve(solver: Solver, item: Item, known: dict[int, Statistics]) -> NDArray[
     counts = sorted({max(1, round(share * item.size)) for share in _LEFT} - {item.size})
     factors: list[float] = []
     for count in counts:
-        with solver.trial(item):
+        with solver.trial([item]):
             solver.remove(item, choice.kept(count))
             if solver.reconstruct:
                 for reader in item.readers:

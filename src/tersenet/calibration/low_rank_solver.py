@@ -18,6 +18,7 @@ from torch import Tensor
 from tersenet.calibration.allocation import Curves
 from tersenet.calibration.low_rank_fit import FORMS, Channel, Pair, Spatial, install, relu_follows
 from tersenet.calibration.low_rank_layers import Splittable
+from tersenet.calibration.original import Original
 from tersenet.calibration.readers import Reader, find_readers
 from tersenet.calibration.sampling import Images, Targets, rows
 from tersenet.calibration.solver import Solver
@@ -47,6 +48,7 @@ class Splitter:
     images: Images
     relu: bool
     progress: Progress = field(default_factory=Progress)
+    original: Original | None = None
     solver: Solver = field(init=False)
     fits: list[LayerFit] = field(default_factory=list[LayerFit])
     weights: dict[str, tuple[int, Tensor, Tensor]] = field(default_factory=dict[str, tuple[int, Tensor, Tensor]])
@@ -97,7 +99,7 @@ class Splitter:
         fitted = [r for r in readers[first:] if r.layer in wanted or self.solver.determined(r)]
         if not fitted:
             return
-        self.solver.use(Targets(self.graph, fitted, self.images))
+        self.solver.use(Targets(self.graph, fitted, self.images, self.original))
         self.solver.start()
         for place, reader in enumerate(fitted):
             done = self.progress.get(f"split {place}")

@@ -19,11 +19,13 @@ from tersenet.graph.labels import IntArray, NDArrayBool
 from tersenet.graph.model import ModelGraph
 from tersenet.ops.contributions import Contributions, contributions
 from tersenet.ops.gram import Moments
-from tersenet.ops.least_squares import channel_columns, error_curve, error_of, fit
+from tersenet.ops.least_squares import Fit, channel_columns, error_curve, error_of, fit
 
 _NO_SCALE = 1e-4
 """Of the largest scale of a batch norm: outputs with a smaller one are left as they are."""
 
+_FEW = 4  # rows for each input below which a fit without a ridge says nothing about one with it
+_ASKED = (0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)  # shares of the channels
 _ROWS_EACH = 100  # rows for each input from which on a fit needs no ridge
 _PULL = 1.0  # ridge for one row for each input
 
@@ -53,9 +55,9 @@ def _parts(graph: ModelGraph, reader: Reader, found: Statistics, gone: NDArrayBo
     left = outputs_left(graph, reader, gone).view(reader.groups, -1).to(weight.device)
     units = units_read(graph, reader)
     return [
-        _Part(moments, weights[group][left[group]], units[group], group)
+        _Part(moments.of_outputs(left[group]), weights[group][left[group]], units[group], group)
         for group, moments in enumerate(found)
-        if moments is not None
+        if bool(left[group].any())
     ]
 
 
@@ -97,11 +99,36 @@ def curve(
         rank = torch.where(owner >= 0, place[owner.clamp(min=0)], -1)
         rank[torch.from_numpy(gone[part.units])] = len(wanted)
         channels = torch.sort(rank, stable=True).indices[: int((rank < len(wanted)).sum())]
-        errors = error_curve(part.moments, channels, part.taps).cpu()
+        errors = _errors(part, channels, _rows(graph, reader, part.moments))
         counts = torch.stack([(rank < k).sum() for k in range(len(wanted) + 1)])
         missed += errors[counts] * part.moments.energy
         energy += part.moments.energy
     return missed / energy if energy else missed
+
+
+def _errors(part: _Part, channels: Tensor, rows: int) -> Tensor:
+    """(K + 1,) float64: the error of a fit to the first 0, 1, ... of the channels.
+
+    With few rows least squares without the ridge would seem to miss nothing; the fit with its ridge is then asked at a
+    few counts.
+    """
+    if rows >= _FEW * len(channels) * part.taps:
+        return error_curve(part.moments, channels, part.taps).cpu()
+    counts = sorted({round(share * len(channels)) for share in _ASKED})
+    errors = [_fit(part, channels[:count].sort().values, rows).error if count else 1.0 for count in counts]
+    between = np.interp(np.arange(len(channels) + 1), counts, np.minimum.accumulate(errors))
+    return torch.from_numpy(between)
+
+
+def _fit(part: _Part, kept: Tensor, rows: int) -> Fit:
+    columns = channel_columns(kept, part.taps)
+    prior = part.weight[:, kept.to(part.weight.device)].flatten(1)
+    return fit(part.moments, columns, prior=prior, ridge=ridge_of(rows, len(columns)))
+
+
+def _rows(graph: ModelGraph, reader: Reader, moments: Moments) -> int:
+    """Without an intercept every row was added twice, mirrored."""
+    return moments.rows // (1 if has_intercept(graph.model, reader) else 2)
 
 
 def refit(
@@ -124,14 +151,13 @@ def refit(
     for part in _parts(graph, reader, found, gone):
         out = torch.from_numpy(left_out[part.group])
         kept = torch.nonzero(~out)[:, 0]
-        columns = channel_columns(kept, part.taps)
-        prior = part.weight[:, kept.to(weight.device)].flatten(1)
-        seen = part.moments.rows // (1 if has_intercept(graph.model, reader) else 2)
-        done = fit(part.moments, columns, prior=prior, ridge=ridge_of(seen, len(columns)))
+        done = _fit(part, kept, _rows(graph, reader, part.moments))
         rows, chosen = left[part.group], usable[part.group]
         within = chosen[rows]
         fitted = torch.zeros_like(part.weight)
-        fitted[:, kept.to(weight.device)] = done.weight.to(weight.device).view(len(prior), len(kept), *weight.shape[2:])
+        fitted[:, kept.to(weight.device)] = done.weight.to(weight.device).view(
+            len(part.weight), len(kept), *weight.shape[2:]
+        )
         raw = fitted[within] / scale[part.group][chosen].view(-1, *[1] * (weight.dim() - 1))
         new[part.group, chosen] = raw
         new[part.group][:, out.to(weight.device)] = 0

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersenet.calibration.readers import Reader, outputs_left, through_norm
+from tersenet.calibration.original import Original
+from tersenet.calibration.readers import Reader, through_norm
 from tersenet.calibration.resume import Reached, Resumed
 from tersenet.data.bundle import Loader, first_tensor
 from tersenet.errors import TersenetError
@@ -34,10 +35,12 @@ from tersenet.ops.gram import Moments
 from tersenet.ops.rows import conv_rows, draw_positions, output_rows
 from tersenet.train.batch import move
 
+_Wanted = tuple[Reader, Reader, Tensor | None]
+"""A layer, the one that says what it should give (the layer itself, or one of another network), and which outputs."""
 _OTHERS = 128  # images kept for measuring
 
-Statistics = list[Moments | None]
-"""One for each group of a convolution; None where none of its outputs is left."""
+Statistics = list[Moments]
+"""One for each group of a convolution, of all its outputs."""
 
 
 @dataclass
@@ -126,9 +129,9 @@ def statistics(
         StatisticsError: values that are not finite, with the layer's name.
         GraphError: a network that runs other operators on these images than on its example.
     """
-    found = {reader.end: _empty(graph, reader, gone) for reader in readers}
+    found = {reader.end: _empty(graph, reader) for reader in readers}
     for reader, x, wanted in rows(graph, targets, readers, images, gone, resumed):
-        _add(graph, reader, found[reader.end], x, wanted, gone)
+        _add(graph, reader, found[reader.end], x, wanted)
     return found
 
 
@@ -166,18 +169,44 @@ class Targets:
     """What the layers of the original network give, and the other operands of their sums, on disk: one pass of it.
 
     The folder is deleted with the object.
+
+    Args:
+        graph: with the network as it is. What is not known of the original, it says.
+        original: the network before earlier steps, if there were any.
     """
 
-    def __init__(self, graph: ModelGraph, readers: Sequence[Reader], images: Images) -> None:
+    def __init__(
+        self, graph: ModelGraph, readers: Sequence[Reader], images: Images, original: Original | None = None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tersenet-")
+        own: list[_Wanted] = []
+        earlier: list[_Wanted] = []
+        for reader in readers:
+            found = original.counterpart(graph, reader) if original is not None else None
+            if found is None:
+                own.append((reader, reader, None))
+            else:
+                earlier.append((reader, *found))
+        self._collect(graph, own, images)
+        if original is not None:
+            self._collect(original.graph, earlier, images)
+
+    def _collect(self, graph: ModelGraph, wanted: Sequence[_Wanted], images: Images) -> None:
+        """One pass over the images, for layers of `graph` that stand for others."""
+        if not wanted:
+            return
         resumed = Resumed(graph, images.batches)
+        names = {use: own for reader, there, _ in wanted for use, own in zip(there.uses, reader.uses, strict=True)}
         for number, batch in enumerate(images.batches()):
-            seen = _Seen(graph, readers, _Places(images, number, batch), inputs=False)
+            places = _Places(images, number, batch, names)
+            seen = _Seen(graph, [there for _, there, _ in wanted], places, inputs=False)
             seen.run(resumed, number, batch, {})
-            for reader in readers:
-                for use in reader.uses:
-                    wanted = _behind_norm(graph.model, reader, seen.outputs[use])
-                    torch.save((wanted, seen.others.get(use)), self._file(number, use))
+            for _, there, kept in wanted:
+                for use in there.uses:
+                    outputs, other = _behind_norm(graph.model, there, seen.outputs[use]), seen.others.get(use)
+                    if kept is not None:
+                        outputs, other = outputs[:, kept], None if other is None else other[:, kept]
+                    torch.save((outputs, other), self._file(number, names[use]))
 
     def load(self, batch: int, use: int) -> tuple[Tensor, Tensor | None]:
         """Rows of outputs, behind the batch norm if one follows, and of what is added to them."""
@@ -192,19 +221,16 @@ def _behind_norm(model: nn.Module, reader: Reader, rows: Tensor) -> Tensor:
     return rows if affine is None else rows * affine[0].to(rows) + affine[1].to(rows)
 
 
-def _empty(graph: ModelGraph, reader: Reader, gone: NDArrayBool) -> Statistics:
-    left = outputs_left(graph, reader, gone).view(reader.groups, -1).sum(1).tolist()
-    inputs = _weight(graph.model, reader)[0].numel()
-    return [Moments(reader.layer, inputs, count) if count else None for count in left]
+def _empty(graph: ModelGraph, reader: Reader) -> Statistics:
+    weight = _weight(graph.model, reader)
+    outputs = len(weight) // reader.groups
+    return [Moments(reader.layer, weight[0].numel(), outputs) for _ in range(reader.groups)]
 
 
-def _add(graph: ModelGraph, reader: Reader, found: Statistics, x: Tensor, y: Tensor, gone: NDArrayBool) -> None:
-    left = outputs_left(graph, reader, gone).view(reader.groups, -1).to(y.device)
+def _add(graph: ModelGraph, reader: Reader, found: Statistics, x: Tensor, y: Tensor) -> None:
     for group, moments in enumerate(found):
-        if moments is None:
-            continue
         inputs = x.view(len(x), reader.groups, -1)[:, group]
-        wanted = y.view(len(y), reader.groups, -1)[:, group][:, left[group]]
+        wanted = y.view(len(y), reader.groups, -1)[:, group]
         moments.add(inputs, wanted)
         if not has_intercept(graph.model, reader):
             # Mirrored rows have the mean zero, so that the best intercept is none.
@@ -223,11 +249,16 @@ def _weight(model: nn.Module, reader: Reader) -> Tensor:
 class _Places:
     """Positions for each use of a layer, drawn when they are first asked for: the same for both networks."""
 
-    def __init__(self, images: Images, number: int, batch: tuple[Any, ...]) -> None:
+    def __init__(
+        self, images: Images, number: int, batch: tuple[Any, ...], names: Mapping[int, int] | None = None
+    ) -> None:
+        """`names`: use -> the use of the other network whose positions these are."""
         self.images, self.batch, self.count = images, number, len(first_tensor(batch))
+        self._names = names or {}
         self._drawn: dict[int, Tensor] = {}
 
     def of(self, use: int, count: int, places: int, per_image: int) -> Tensor:
+        use = self._names.get(use, use)
         if use not in self._drawn:
             seed = hash((self.images.seed, self.batch, use)) % (1 << 62)
             self._drawn[use] = draw_positions(count, places, per_image, torch.Generator().manual_seed(seed))

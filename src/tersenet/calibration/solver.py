@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tersenet.calibration.choose import Choice, Selection, choose
 from tersenet.calibration.items import Counts, Item
+from tersenet.calibration.original import Original
 from tersenet.calibration.outputs import Outputs
 from tersenet.calibration.readers import Reader, units_read
 from tersenet.calibration.refit import plain_error, refit
@@ -41,6 +42,8 @@ class Solver:
     selection: Selection
     reconstruct: bool
     progress: Progress = field(default_factory=Progress)
+    original: Original | None = None
+    """What is wanted, where earlier steps have changed the network."""
     gone: NDArrayBool = field(init=False)
     kept: dict[str, IntArray] = field(default_factory=dict[str, IntArray])
     fits: list[LayerFit] = field(default_factory=list[LayerFit])
@@ -57,7 +60,7 @@ class Solver:
         """Remove all but `left` units of every item. Fit every layer that has lost inputs, and all behind the first
         loss for which there are rows enough. What `progress` has under the name `part` is taken from there."""
         if self.selection == "lasso" or self.reconstruct:
-            self._targets = Targets(self.graph, readers, self.images)
+            self._targets = Targets(self.graph, readers, self.images, self.original)
         shrinking = [item for item in items if left[item.name] < item.size]
         for item in shrinking:
             if not item.readers:
@@ -172,12 +175,13 @@ class Solver:
         return [t for m in modules for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]]
 
     @contextmanager
-    def trial(self, item: Item) -> Generator[None]:
-        """What is done to an item inside is undone afterwards."""
-        tensors = [t for reader in item.readers for t in self.tensors(reader)]
-        for member in item.group.members if item.group is not None else ():
-            end = self.graph.ends[member.end]
-            tensors += [self.graph.tensor(name) for name in end.tensors]
+    def trial(self, items: Sequence[Item]) -> Generator[None]:
+        """What is done to these items inside is undone afterwards."""
+        tensors = [t for item in items for reader in item.readers for t in self.tensors(reader)]
+        for item in items:
+            for member in item.group.members if item.group is not None else ():
+                end = self.graph.ends[member.end]
+                tensors += [self.graph.tensor(name) for name in end.tensors]
         values = [t.detach().clone() for t in tensors]
         gone, sampled, kept = self.gone.copy(), dict(self._sampled), dict(self.kept)
         try:

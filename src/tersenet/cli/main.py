@@ -20,6 +20,7 @@ from tersenet.cli import (
     models,
     recipe,
     report,
+    search,
     sensitivity,
     train,
     winograd,
@@ -40,6 +41,7 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=measure.EXAMPLES)(measure.measure)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=sensitivity.EXAMPLES)(sensitivity.sensitivity)
+app.command(epilog=search.EXAMPLES)(search.search)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=report.EXAMPLES)(report.report)
 app.add_typer(recipe.app, name="recipe")

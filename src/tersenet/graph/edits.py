@@ -32,13 +32,13 @@ from tersenet.graph.edit_fields import (
     format_indices,
     parse_indices,
 )
-from tersenet.graph.edits_layers import Group, Merge, Quantize, Split, Winograd, find_module, replace_module
+from tersenet.graph.edits_layers import Fold, Group, Merge, Quantize, Split, Winograd, find_module, replace_module
 from tersenet.graph.edits_sparse import Sparsify, WinogradDomain
 from tersenet.nn.adapter import ChannelAdapter
 
 __all__ = [
-    "Adapt", "Attribute", "Axis", "Budget", "Edit", "Group", "Keep", "Merge", "Quantize", "Reorder", "Resize", "Slice",
-    "Sparsify", "Split", "Winograd", "WinogradDomain", "format_indices", "is_size", "parse_indices",
+    "Adapt", "Attribute", "Axis", "Budget", "Edit", "Fold", "Group", "Keep", "Merge", "Quantize", "Reorder", "Resize",
+    "Slice", "Sparsify", "Split", "Winograd", "WinogradDomain", "format_indices", "is_size", "parse_indices",
 ]  # fmt: skip
 
 # Any size that a network's own code keeps, but nothing that says how a layer computes, and nothing of nn.Module's own.
@@ -181,7 +181,7 @@ class Reorder(EditModel):
 
 
 Edit = Annotated[
-    Keep | Resize | Adapt | Reorder | Group | Winograd | Quantize | Split | Merge | WinogradDomain | Sparsify,
+    Keep | Resize | Adapt | Reorder | Group | Winograd | Quantize | Split | Merge | Fold | WinogradDomain | Sparsify,
     Field(discriminator="kind"),
 ]
 

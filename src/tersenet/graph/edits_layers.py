@@ -1,5 +1,5 @@
 """Edits that put another layer in a convolution's place: a grouped, a Winograd or a quantized one, two of lower rank,
-or one for two."""
+or one for two, of which the second may be a batch norm."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from tersenet.errors import GraphError, TersenetError
 from tersenet.graph import lookup
 from tersenet.graph.edit_fields import EditModel, Name, Order
+from tersenet.nn.batch_norm_fold import folded
 from tersenet.nn.group_shuffle import GroupShuffleConv2d
 from tersenet.nn.low_rank import Form, merged, pair_of
 from tersenet.nn.quantized import QuantizedConv2d
@@ -96,6 +97,25 @@ class Merge(EditModel):
             raise GraphError(f"edit merges {self.first!r} and {self.second!r}: {error}") from None
         replace_module(model, second, nn.Identity())
         replace_module(model, first, one)
+
+
+class Fold(EditModel):
+    """Put a batch norm into the weight and bias of the convolution before it. Layers that share them are refused."""
+
+    kind: Literal["fold"] = "fold"
+    module: Name
+    norm: Name
+
+    def replay(self, model: nn.Module) -> None:
+        conv, norm = plain_convolution(model, self.module), find_module(model, self.norm)
+        if type(norm) is not nn.BatchNorm2d:
+            raise GraphError(f"edit folds {self.norm!r}, a {type(norm).__name__}; it must be an nn.BatchNorm2d")
+        try:
+            one = folded(conv, norm)
+        except TersenetError as error:
+            raise GraphError(f"edit folds {self.norm!r} into {self.module!r}: {error}") from None
+        replace_module(model, norm, nn.Identity())
+        replace_module(model, conv, one)
 
 
 def plain_convolution(model: nn.Module, name: str, *, grouped: bool = False) -> nn.Conv2d:

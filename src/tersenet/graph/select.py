@@ -65,15 +65,15 @@ def select_groups(
 
 
 def named_rates(graph: ModelGraph, groups: Sequence[ChannelGroup], rates: Mapping[str, float]) -> dict[str, float]:
-    """Group name -> the rate of the first pattern in `rates` that matches one of its layers; others are left out.
+    """Group name -> the rate of the first pattern in `rates` that matches it or one of its layers.
 
     Raises:
         UnknownNameError: a pattern that matches none of these groups.
     """
-    check_patterns(rates, _names(graph, groups))
+    check_patterns(rates, [*_names(graph, groups), *(group.name for group in groups)])
     found: dict[str, float] = {}
     for group in groups:
-        layers = _layers(graph, group, groups).values()
+        layers = [*_layers(graph, group, groups).values(), frozenset({group.name})]
         matching = (rate for pattern, rate in rates.items() if any(matches_any(names, [pattern]) for names in layers))
         rate = next(matching, None)
         if rate is not None:

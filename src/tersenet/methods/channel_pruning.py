@@ -104,6 +104,7 @@ class ChannelPruning(Method):
 
     def _carry_out(self, graph: ModelGraph, context: Context, items: Items, fixed: Counts) -> None:
         from tersenet.calibration.curves import measured_curves
+        from tersenet.calibration.original import Original
         from tersenet.calibration.sampling import Images
         from tersenet.calibration.solver import Solver
         from tersenet.graph.replay import over_kept
@@ -111,7 +112,7 @@ class ChannelPruning(Method):
         assert context.data is not None
         assert context.data.train is not None
         images = Images(context.data.train, self.images, self.positions, context.seed, context.device)
-        solver = Solver(graph, images, self.select, self.reconstruct, context.progress)
+        solver = Solver(graph, images, self.select, self.reconstruct, context.progress, Original.of(graph, context))
         before, target = graph.macs(), context.target_for(self.target)
         free = [item for item in items.all if item.name not in fixed]
         if target is None or self.allocate == "uniform" or not free:

@@ -137,13 +137,14 @@ class LowRank(Method):
         from tersenet.calibration.allocation import allocate
         from tersenet.calibration.low_rank_layers import RankCosts
         from tersenet.calibration.low_rank_solver import Splitter
+        from tersenet.calibration.original import Original
         from tersenet.calibration.sampling import Images
         from tersenet.graph.budget import Rounding
 
         assert context.data is not None
         assert context.data.train is not None
         images = Images(context.data.train, self.images, self.positions, context.seed, context.device)
-        splitter = Splitter(graph, self.form, images, self.relu, context.progress)
+        splitter = Splitter(graph, self.form, images, self.relu, context.progress, Original.of(graph, context))
         before, target = graph.macs(), context.target_for(self.target)
         free = [layer for layer in found.chosen if layer.name not in given]
         if target is None or self.allocate == "uniform" or not free:

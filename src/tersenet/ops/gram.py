@@ -10,6 +10,7 @@ Differs: the published code keeps all rows in memory.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -126,6 +127,17 @@ class Moments:
             self._pending += taken
             if self._pending == _ROWS:
                 self._absorb()
+
+    def of_outputs(self, chosen: Tensor) -> Moments:
+        """The same inputs with only the outputs `chosen` (O,) bool, to be read and not added to: `xx` is shared."""
+        if bool(chosen.all()):
+            return self
+        whole = self.xx  # with all rows, and mirrored, before anything is copied
+        part = copy.copy(self)
+        part._xx, part._xy, part._yy = whole, self.xy[:, chosen], self.yy[chosen][:, chosen]
+        part._mean_y, part.outputs = self.mean_y[chosen], int(chosen.sum())
+        part._x, part._y = torch.empty(0), torch.empty(0)
+        return part
 
     def _start(self, x: Tensor) -> None:
         kind = torch.promote_types(x.dtype, torch.float32)

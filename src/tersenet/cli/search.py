@@ -1,0 +1,165 @@
+"""tersenet search"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tersenet.cli import console, options
+from tersenet.cli.console import examples, fail, note_random_weights, show, width
+from tersenet.cli.progress import Status, clock
+
+if TYPE_CHECKING:
+    from tersenet.search.amc_settings import AmcResult
+
+EXAMPLES = examples(
+    "tersenet search runs/demo/model --data digits --target macs=50% --episodes 40 --out runs/search-demo",
+    "tersenet compress runs/demo/model --recipe runs/search-demo/recipe.yaml --data digits",
+    "",
+    "tersenet search resnet56 --weights resnet56-4bfd9763.th --data cifar10:DIR \\",
+    "    --target macs=50% --residual independent",
+)
+_LINES = 20  # in a log file
+
+
+class Progress:
+    """On a terminal one line that is rewritten, in a log file some twenty lines. `done` of `of` episodes are known."""
+
+    def __init__(self, status: Status | None = None) -> None:
+        self.status = status or Status()
+        self.done, self.of = 0, 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.done, self.of = event["done"], event["of"]
+        left = "" if event["eta_seconds"] is None else f"  ETA {clock(event['eta_seconds'])}"
+        if event["event"] == "start":
+            known = f", {self.done} known" if self.done else ""
+            self.status.line(f"{event['layers']} layers, {self.of} episodes{known}{left}")
+            return
+        text = f"{self.done}/{self.of}  {event['kind']}  {event['value']:.4g}  best {event['best']:.4g}{left}"
+        if self.status.live:
+            self.status.update(text)
+        elif self.done in (1, 2, self.of) or self.done % max(1, self.of // _LINES) == 0:
+            self.status.line(text)
+
+
+def search(
+    model: options.ModelArgument,
+    data: options.DataOption,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="BUDGET",
+            help="macs=50%, params=0.3M, latency=60%, latency=4ms: what no episode exceeds.",
+        ),
+    ] = None,
+    weights: options.WeightsOption = None,
+    base: options.BaseOption = None,
+    prune: Annotated[
+        str, typer.Option("--prune", metavar="METHOD", help="What prunes: channel_pruning or magnitude.")
+    ] = "channel_pruning",
+    reward: Annotated[
+        str,
+        typer.Option("--reward", metavar="R", help="accuracy; or macs, params: error times the logarithm of the cost."),
+    ] = "accuracy",
+    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Networks that are pruned and evaluated.")] = 800,
+    lowest: Annotated[
+        float, typer.Option("--lowest", metavar="SHARE", help="Of each layer's channels, that stays at least.")
+    ] = 0.2,
+    multiple: Annotated[
+        int, typer.Option("--multiple", metavar="N", min=1, help="Leave a multiple of N channels in every layer.")
+    ] = 1,
+    images: Annotated[int, typer.Option("--images", min=1, help="Training images that layers are fitted to.")] = 500,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Images that every episode is evaluated on.")] = 1000,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="S", help="validation, train or test; validation by default, if there is one."),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these layers; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these layers; repeatable.")
+    ] = None,
+    residual: Annotated[
+        str, typer.Option("--residual", metavar="MODE", help="coupled or independent, as for the method that prunes.")
+    ] = "coupled",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder; by default runs/search-MODEL.")
+    ] = None,
+    as_json: options.JsonOption = False,
+    device: options.DeviceOption = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of every draw.")] = 0,
+    fresh: options.FreshOption = False,
+) -> None:
+    """How many channels each layer keeps within a budget, by an agent that learns from trials (AMC).
+
+    The folder gets recipe.yaml, which prunes with the rates that were found. The same command run again goes on where
+    it stopped.
+    """
+    from tersenet.data.registry import parse
+    from tersenet.search.amc_settings import AmcSettings
+
+    # What is wrong on the command line is said before torch is imported, which takes seconds.
+    settings: dict[str, Any] = {"target": target, "reward": reward, "prune": prune, "episodes": episodes}
+    settings |= {"lowest": lowest, "multiple": multiple, "images": images, "samples": samples, "split": split}
+    settings |= {"include": tuple(include or ["*"]), "exclude": tuple(exclude or []), "residual": residual}
+    settings["seed"] = seed
+    AmcSettings(**settings)
+    parse(data)
+    from tersenet import api
+    from tersenet.search.amc import RECIPE
+
+    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"search-{model}")
+    progress = Progress()
+    more: dict[str, Any] = {"weights": weights, "base": base, "device": device, "fresh": fresh, "out": folder}
+    command = shlex.join(console.command)
+    try:
+        found = api.search_rates(model, data, **settings, **more, on_event=progress, command=command)
+    except KeyboardInterrupt:
+        progress.status.close()
+        fail(f"interrupted; the same command goes on after {progress.done} of {progress.of} episodes", 130)
+    finally:
+        progress.status.close()
+    note_random_weights(model, weights)
+    show(found.model_dump(mode="json"), lambda: f"{_text(found)}\n{folder / RECIPE}", as_json)
+
+
+def _text(found: AmcResult) -> str:
+    """Layers, and what was found beside what the search started from."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from tersenet.report import format as f
+    from tersenet.search.amc import value_of
+
+    layers = Table("layer", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in ("channels", "kept", "rate"):
+        layers.add_column(head, justify="right")
+    for layer in found.layers:
+        layers.add_row(f.clean(layer.name), str(layer.channels), str(layer.kept), f"{layer.rate:.3f}")
+    rows = [("whole", found.macs, found.params, found.baseline)]
+    starts = (found.first(kind) for kind in ("even", "measured"))
+    rows += [(row.kind, row.macs, row.params, row.accuracy) for row in starts if row is not None]
+    best = found.chosen
+    rows.append((f"best, episode {found.best}", best.macs, best.params, best.accuracy))
+    score = "top-1" if found.baseline.top1 is not None else "metric" if found.baseline.metric is not None else "-loss"
+    networks = Table("network", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in ("MACs", "params", f"{score}, {best.accuracy.n} {f.clean(found.split)} images"):
+        networks.add_column(head, justify="right")
+    for name, macs, params, accuracy in rows:
+        value = value_of(accuracy)
+        shown = f.percent(value) if score == "top-1" else f.number(value)
+        networks.add_row(name, f.count(macs), f.count(params), shown)
+    out = Console(width=width(), color_system=None, force_terminal=False, legacy_windows=False)
+    with out.capture() as captured:
+        out.print(layers)
+        out.print()
+        out.print(networks)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
