@@ -119,6 +119,17 @@ def test_the_points_are_differentiated_correctly() -> None:
     assert torch.autograd.gradcheck(matrices, (made.points,))
 
 
+def test_float32_with_large_tiles() -> None:
+    """W1 of the layer, which has its matrices in float32: 2e-5 for F(6, 5)."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 5, padding=2, bias=False)
+    made = WinogradConv2d.from_conv(conv, WinogradSettings(tile=6))
+    for side in (5, 12, 23, 30):
+        x = torch.randn(4, 8, side, 35 - side)
+        expected = nn.functional.conv2d(x.double(), conv.weight.double(), None, padding=2)
+        assert relative(made(x).double(), expected) < 2e-5
+
+
 @pytest.mark.parametrize("quantization", [None, REFERENCE, LEARNED])
 @pytest.mark.parametrize("flex", ["full", "static"])
 def test_full_transforms_train_and_static_ones_stay(quantization: Quantization | None, flex: Flex) -> None:

@@ -45,7 +45,7 @@ def peak(step: Callable[[], None]) -> int:
     return most
 
 
-@pytest.mark.parametrize(("tile", "limit"), [(4, 2.5), (6, 2.5), (2, 3.2)])
+@pytest.mark.parametrize(("tile", "limit"), [(4, 1.5), (6, 2.0), (2, 1.8)])
 def test_transient_memory(tile: int, limit: float) -> None:
     conv, layer = steps(16, tile)
     assert peak(layer) <= limit * peak(conv)
@@ -53,7 +53,7 @@ def test_transient_memory(tile: int, limit: float) -> None:
 
 @pytest.mark.slow
 def test_time() -> None:
-    """At most four times the convolution's; benchmarks/winograd_layer.py has the figure."""
+    """At most two and a half times the convolution's on a busy machine; benchmarks/winograd_layer.py has the figure."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,4 +67,4 @@ def test_time() -> None:
     finally:
         torch.set_num_threads(threads)
     conv, layer = (statistics.median(found[2:]) for found in times)
-    assert layer <= 4 * conv
+    assert layer <= 2.5 * conv

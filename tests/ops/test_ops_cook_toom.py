@@ -95,7 +95,7 @@ def test_estimates() -> None:
     assert cook_toom(2, 3).growth()["input"] == 4
     f4 = {points: cook_toom(4, 3, points) for points in ("balanced", "lavin", "half", "two_thirds")}
     assert min(f4, key=lambda points: f4[points].amplification()) == "balanced"
-    assert cook_toom(6, 5).amplification() < 0.5 * cook_toom(6, 5, "lavin").amplification()
+    assert cook_toom(6, 5).amplification() < 0.37 * cook_toom(6, 5, "lavin").amplification()
     per_tensor = sorted(f4, key=lambda points: f4[points].amplification(per_tap=False))
     assert per_tensor == ["two_thirds", "half", "balanced", "lavin"]
 

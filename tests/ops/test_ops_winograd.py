@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from tersenet.errors import TersenetError
+from tersenet.ops import winograd_stages
 from tersenet.ops.cook_toom import cook_toom
 from tersenet.ops.fake_quantize import Rounding, batch_range, empty_range, fake_quantize, scale_of
 from tersenet.ops.winograd import Matrices, Stage, Stages, kronecker, winograd_conv2d
+from tersenet.ops.winograd_stages import images_at_once
 from tersenet.ops.winograd_tiles import (
     Geometry,
     input_tiles,
@@ -35,7 +37,8 @@ def triple(m: int, r: int, dtype: torch.dtype = torch.float64, points: str = "ba
 
 
 def squares(m: int, r: int, dtype: torch.dtype = torch.float64) -> Matrices:
-    return Matrices(*map(kronecker, triple(m, r, dtype)))
+    """Rounded once, as layers have them."""
+    return Matrices(*(kronecker(matrix).to(dtype) for matrix in triple(m, r)))
 
 
 def direct(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
@@ -109,10 +112,7 @@ def test_adjoints(case: tuple[Geometry, int, int], channels_last: bool) -> None:
 
 @pytest.mark.parametrize(("m", "r"), SIZES)
 def test_every_size_from_5_to_33(m: int, r: int) -> None:
-    """W1, W8: F(m, r) of the table, odd and unequal sizes, padding 0 to r, float64 and float32.
-
-    Float32 misses the fact for F(6, 5), which amplifies by 127 at the best points that were found.
-    """
+    """W1, W8: F(m, r) of the table, odd and unequal sizes, padding 0 to r, float64 and float32."""
     torch.manual_seed(0)
     weight = torch.randn(3, 4, r, r, dtype=torch.float64)
     for h in range(5, 34, 7):
@@ -122,7 +122,7 @@ def test_every_size_from_5_to_33(m: int, r: int) -> None:
             expected = direct(x, weight, None, at)
             assert relative(winograd_conv2d(x, weight, None, squares(m, r), at)[0], expected) < 1e-10
             found, _ = winograd_conv2d(x.float(), weight.float(), None, squares(m, r, torch.float32), at)
-            assert relative(found, expected) < (4e-5 if (m, r) == (6, 5) else 2e-5 if m == 6 else 1e-5)
+            assert relative(found, expected) < (2e-5 if m == 6 else 1e-5)
 
 
 @pytest.mark.parametrize("width", [257, 260, 512])
@@ -180,13 +180,22 @@ SHAPES = {
 }
 
 
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image at a time, as if the cache were tiny."""
+    monkeypatch.setattr(winograd_stages, "_CACHED", 0)
+    monkeypatch.setattr(winograd_stages, "_ROWS", 1)
+
+
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("per", SHAPES)
 @pytest.mark.parametrize("kind", ["straight", "clip", "learned"])
 def test_gradients_through_the_quantizers(per: str, kind: str) -> None:
-    """What is computed again in backward gives the gradients of the layer written in ordinary operators."""
+    """What is computed again in backward, image by image, gives the gradients of the layer written in ordinary
+    operators."""
     torch.manual_seed(1)
     at = Geometry(4, (3, 3), padding=((1, 1), (1, 1)), groups=2)
-    x = torch.randn(2, 6, 7, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 6, 7, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     matrices = Matrices(*(matrix.requires_grad_() for matrix in squares(4, 3)))
     rounding = [Rounding(5, shape, False, kind != "straight", kind == "learned") for shape in SHAPES[per]]
@@ -204,6 +213,52 @@ def test_gradients_through_the_quantizers(per: str, kind: str) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("observing", ["no", "moving", "joined"])
+def test_a_few_images_at_a_time_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, observing: Any, layout: torch.memory_format
+) -> None:
+    """Output, ranges and gradients, of strided, dilated, cropped and grouped maps too."""
+    torch.manual_seed(2)
+    geometries = [
+        Geometry(4, (3, 3), padding=((1, 1), (1, 1)), groups=2),
+        Geometry(2, (3, 3), (2, 1), ((1, 0), (1, 2)), (1, 2), 2),
+    ]
+    for at in geometries:
+        t = (at.tile + at.taps - 1) ** 2
+        shapes = [(1, 1, 1, 1)] * 2 + [(t, 1, 1, 1)] * 3 + [(1, 1, 1, 1)]
+        stages = Stages(*(Stage(Rounding(6, shape, clip_gradient=True), observing) for shape in shapes))
+        states = [empty_range(shape) if observing != "no" else torch.full(shape, 0.05) for shape in shapes]
+        x = torch.randn(5, 6, 9, 8, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+        bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        matrices = Matrices(*(matrix.requires_grad_() for matrix in squares(at.tile, at.taps)))
+        leaves = [x, weight, bias, *matrices]
+        found: list[list[Tensor | None]] = []
+        for at_once in (0, 10**9):
+            monkeypatch.setattr(winograd_stages, "_CACHED", at_once)
+            # Two images of the first map: the last part is smaller.
+            monkeypatch.setattr(winograd_stages, "_ROWS", 12)
+            assert (images_at_once(x, weight, at) is None) == bool(at_once)
+            y, ranges = winograd_conv2d(x, weight, bias, matrices, at, stages, states)
+            assert y.is_contiguous(memory_format=layout)
+            found.append([y, *ranges, *torch.autograd.grad(y.square().sum(), leaves)])
+        for one, other in zip(*found, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10 * float(other.detach().abs().max()))
+
+
+def test_what_is_taken_at_once() -> None:
+    """A MiB on a CPU, but rows enough to be worth reading the weight; all while a program is exported."""
+    at, weight = Geometry(4, (3, 3), padding=((1, 1), (1, 1))), torch.ones(64, 64, 3, 3)
+    at_once = images_at_once(torch.ones(32, 64, 32, 32), weight, at)
+    assert at_once is not None
+    assert 1 <= at_once <= 4
+    assert images_at_once(torch.ones(32, 64, 32, 32, device="meta"), weight, at) is None
+    assert images_at_once(torch.ones(64, 512, 4, 4), torch.ones(512, 512, 3, 3), at) is None
 
 
 def test_a_stage_that_observes_uses_the_range_with_this_batch_in_it() -> None:

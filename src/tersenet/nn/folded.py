@@ -15,7 +15,7 @@ from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d
 from tersenet.nn.winograd_quantizer import FakeQuantizer
 from tersenet.ops.fake_quantize import Rounding, round_to
-from tersenet.ops.winograd import assembled, kronecker, products, transformed
+from tersenet.ops.winograd import assembled, products, transformed
 from tersenet.ops.winograd_tiles import Geometry, input_tiles, reach, weight_taps
 
 _ROUNDED = ("input", "input_winograd", "product", "output")
@@ -110,19 +110,20 @@ class FoldedWinogradConv2d(FoldedLayer):
         _quantizers(self, layer, _ROUNDED)
         with torch.no_grad():
             weight = layer.weight.detach().to(torch.promote_types(layer.weight.dtype, torch.float32))
-            at, g, bt = layer.transforms(weight.dtype)
+            at, _, bt = layer.transforms(weight.dtype)
             if "weight" in layer.quantizers:
                 first = _levels(layer.quantizers["weight"])
                 weight = round_to(weight, first.whole.to(weight.dtype), first.rounding)
-            taps = transformed(kronecker(g), weight_taps(weight, self.geometry))
+            squares = layer.transforms.squares(weight.dtype)
+            taps = transformed(squares.gg, weight_taps(weight, self.geometry))
             found = "weight_winograd" in layer.quantizers
             self.weight_winograd = _levels(layer.quantizers["weight_winograd"]) if found else None
             self.register_buffer(
                 "weight", taps if self.weight_winograd is None else self.weight_winograd.integers(taps)
             )
             self.at, self.bt = at.tolist(), bt.tolist()
-            self.register_buffer("aa", kronecker(at))
-            self.register_buffer("bb", kronecker(bt))
+            self.register_buffer("aa", squares.aa)
+            self.register_buffer("bb", squares.bb)
 
     def compute(self, x: Tensor) -> Tensor:
         if any(self.edges):

@@ -15,7 +15,7 @@ from tersenet.nn.winograd_quantizer import FakeQuantizer, is_direct
 from tersenet.nn.winograd_settings import Quantizer, WinogradSettings
 from tersenet.nn.winograd_transforms import TransformMatrices
 from tersenet.ops.fake_quantize import empty_range
-from tersenet.ops.winograd import STAGES, Matrices, Stages, kronecker, winograd_conv2d
+from tersenet.ops.winograd import STAGES, Stages, winograd_conv2d
 from tersenet.ops.winograd_tiles import Geometry
 
 
@@ -111,13 +111,12 @@ class WinogradConv2d(OrderedConv2d):
             )
         if self.padding_mode != "zeros":
             input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        at, g, bt = self.transforms(torch.promote_types(input.dtype, torch.float32))
         stages = {name: self._quantizer(name).stage() for name in self.quantizers}
         y, ranges = winograd_conv2d(
             input,
             weight,
             bias,
-            Matrices(kronecker(at), kronecker(g), kronecker(bt)),
+            self.transforms.squares(torch.promote_types(input.dtype, torch.float32)),
             self.geometry,
             Stages(**{name: stage for name, (stage, _) in stages.items()}),
             [stages[name][1] if name in stages else None for name in STAGES],

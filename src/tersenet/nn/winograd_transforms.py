@@ -13,6 +13,7 @@ from tersenet.errors import TersenetError
 from tersenet.nn.winograd_quantizer import FakeQuantizer
 from tersenet.nn.winograd_settings import Flex, Quantizer
 from tersenet.ops.cook_toom import Transforms, cook_toom
+from tersenet.ops.winograd_stages import Matrices, kronecker
 
 LARGEST_CONDITION = 1e6
 """Singular values of a matrix that lost its rank in float32 differ by more."""
@@ -31,6 +32,9 @@ class TransformMatrices(nn.Module):
     at: Tensor
     g: Tensor
     bt: Tensor
+    aa: Tensor
+    gg: Tensor
+    bb: Tensor
 
     def __init__(
         self, m: int, r: int, points: str | Sequence[str], flex: Flex = "static", quantizer: Quantizer | None = None
@@ -39,8 +43,8 @@ class TransformMatrices(nn.Module):
         self.exact: Transforms = cook_toom(m, r, points)
         self.flex = flex
         t, finite = self.exact.t, self.exact.points
-        for name, rows in self._rows().items():
-            values = torch.tensor([[float(value) for value in row] for row in rows])
+        for name, values in self._derived(torch.get_default_dtype()).items():
+            values = values.to(torch.get_default_device())
             if flex == "full":
                 self.register_parameter(name, nn.Parameter(values))
             else:
@@ -61,6 +65,13 @@ class TransformMatrices(nn.Module):
         if not self.quantizers:
             return at, g, bt
         return self.quantizers["at"](at), self.quantizers["g"](g), self.quantizers["bt"](bt)
+
+    def squares(self, dtype: torch.dtype) -> Matrices:
+        """The Kronecker squares of what `forward` gives. Those of transforms that stay are rounded once, not thrice."""
+        if self.flex == "static" and not self.quantizers:
+            return Matrices(self.aa.to(dtype), self.gg.to(dtype), self.bb.to(dtype))
+        at, g, bt = self(dtype)
+        return Matrices(kronecker(at), kronecker(g), kronecker(bt))
 
     def _matrices(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.flex == "diagonal":
@@ -105,18 +116,24 @@ class TransformMatrices(nn.Module):
             assert isinstance(quantizer, FakeQuantizer)
             quantizer.check()
 
-    def _rows(self) -> dict[str, Any]:
-        return {"at": self.exact.at, "g": self.exact.g, "bt": self.exact.bt}
+    def _derived(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What follows from the settings, by name, on the CPU: the transforms, and their squares where they stay."""
+        rows: dict[str, Any] = {"at": self.exact.at, "g": self.exact.g, "bt": self.exact.bt}
+        exact = {
+            name: torch.tensor([[float(x) for x in row] for row in m], dtype=torch.float64, device="cpu")
+            for name, m in rows.items()
+        }
+        if self.flex == "static":
+            exact |= {square: kronecker(exact[name]) for square, name in (("aa", "at"), ("gg", "g"), ("bb", "bt"))}
+        return {name: values.to(dtype) for name, values in exact.items()}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """A change of type or device starts from the fractions again: 1/3 in float32 is not 1/3 in float64."""
         super()._apply(*args, **kwargs)
         if self.flex == "full" or self.at.device.type == "meta":
             return self
-        for name, rows in self._rows().items():
-            dtype = torch.promote_types(getattr(self, name).dtype, torch.float32)
-            values = [[float(value) for value in row] for row in rows]
-            setattr(self, name, torch.tensor(values, dtype=dtype, device=self.at.device))
+        for name, values in self._derived(torch.promote_types(self.at.dtype, torch.float32)).items():
+            setattr(self, name, values.to(self.at.device))
         return self
 
 

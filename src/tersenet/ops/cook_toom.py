@@ -26,12 +26,12 @@ def _fractions(text: str) -> tuple[Fraction, ...]:
 
 # Of each name the first sequence that is long enough is taken, and of that the first t - 1 points.
 POINT_SETS: dict[str, tuple[tuple[Fraction, ...], ...]] = {
-    # Smallest error in float32, and with one scale per tap: 35 % below `lavin` for F(4, 3), half of it for 9 points.
-    # Those of 9 and 11 have the least amplification among pairs of fractions up to 5.
+    # Smallest error in float32, and with one scale per tap: 35 % below `lavin` for F(4, 3), a third of it for 9 points.
+    # Those of 9 and 11 are short fractions beside the real numbers that minimize `amplification`: within 1 %.
     "balanced": (
         _fractions("0 1 -1 1/2 -2 2 -1/2"),
-        _fractions("0 1 -1 1/2 -2 4/3 -3/4 3 -1/3"),
-        _fractions("0 1 -1 1/3 -3 3 -1/3 2/3 -3/2 3/2 -2/3"),
+        _fractions("0 5/4 -5/4 4/5 -4/5 12/5 -12/5 5/12 -5/12"),
+        _fractions("0 1 -1 16/11 -16/11 11/16 -11/16 14/5 -14/5 5/14 -5/14"),
         _fractions("0 1 -1 1/2 -2 2 -1/2 4 -1/4 -4 1/4 3/4 -4/3 -3/4 4/3"),
     ),
     # What libraries use, and the paper's F2 and F4; 9 points as Barabasz et al. have them.

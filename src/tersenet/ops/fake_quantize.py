@@ -8,6 +8,7 @@ waits and everything can be captured.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,12 @@ def moving_range(old: Tensor, new: Tensor, momentum: float) -> Tensor:
 def joined_range(old: Tensor, new: Tensor) -> Tensor:
     """The range of everything seen."""
     return torch.stack((torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])))
+
+
+def whole_range(parts: Sequence[Tensor]) -> Tensor:
+    """The range of a tensor from those of its parts."""
+    low, high = torch.stack([*parts]).unbind(1)
+    return torch.stack((low.amin(0), high.amax(0)))
 
 
 def scale_of(values: Tensor, rounding: Rounding) -> Tensor:

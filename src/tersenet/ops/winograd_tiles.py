@@ -75,15 +75,48 @@ class Geometry:
         return -(-self.out(size, axis) // (self.axis(axis)[2] * self.tile))
 
 
-def padded_image(x: Tensor, at: Geometry) -> Tensor:
-    """(N, C, H, W) -> (N, C, rows, columns) in channels_last order: exactly what the tiles reach."""
+def padded_image(x: Tensor, at: Geometry, into: Tensor | None = None) -> Tensor:
+    """(N, C, H, W) -> (N, C, rows, columns) in channels_last order: exactly what the tiles reach.
+
+    `into`: what this made of as many other images or more, which is overwritten. Its borders must still be zero.
+    """
     n, c, h, w = x.shape
     (top, _), (left, _) = at.padding
-    out = x.new_zeros(n, reach(at, h, 0), reach(at, w, 1), c).permute(0, 3, 1, 2)
+    shape = n, reach(at, h, 0), reach(at, w, 1), c
+    out = x.new_zeros(shape).permute(0, 3, 1, 2) if into is None else into[:n]
     # Rows that a stride never reads are left out.
     h, w = min(h, out.shape[2] - top), min(w, out.shape[3] - left)
-    out[:, :, top : top + h, left : left + w] = x[:, :, :h, :w]
+    out[:, :, top : top + h, left : left + w] = channels_last(x[:, :, :h, :w])
     return out
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N, C, H, W) in that order of memory."""
+    if not _is_fast(x) or not x.is_contiguous():
+        return x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    return _transposed(x, c).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def copy_image(image: Tensor, into: Tensor) -> None:
+    """image -> into, both (N, C, H, W), whatever their orders of memory."""
+    if _is_fast(image) and image.stride(1) == 1 and into.is_contiguous():
+        image = image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        image = _transposed(image, image.shape[1] * image.shape[2]).view(into.shape)
+    into.copy_(image)
+
+
+def _is_fast(x: Tensor) -> bool:
+    """Whether `_transposed` is faster than a copy. Compilers know by themselves how to transpose."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _transposed(x: Tensor, rows: int) -> Tensor:
+    """N matrices of so many rows -> their transposes, as (N, numbers, 1, 1). x is contiguous.
+
+    A shuffle of the channels of one pixel: four times as fast as a copy, since torch has vector code for it.
+    """
+    return torch.channel_shuffle(x.flatten(1)[:, None, None].permute(0, 3, 1, 2), rows)
 
 
 def reach(at: Geometry, size: int, axis: int) -> int:
@@ -114,11 +147,23 @@ def input_tiles_adjoint(tiles: Tensor, at: Geometry, shape: torch.Size) -> Tenso
     """The gradient of `padded_image` and `input_tiles`: overlapping values are added. `shape` is the image's."""
     n, c, h, w = shape
     (step_h, sh, dh), (step_w, sw, dw) = at.axis(0), at.axis(1)
-    x = _overlap_add(_overlap_add(tiles, 0, 4, at.tile), 1, 5, at.tile)
-    x = x.view(at.tile, at.tile, at.groups, n, dh, dw, *x.shape[4:6], c // at.groups, sh, sw)
-    # -> n, (rows, m, sh, dh), (columns, m, sw, dw), (g, c)
-    x = x.permute(3, 6, 0, 9, 4, 7, 1, 10, 5, 2, 8)
-    x = x.reshape(n, x.shape[1] * at.tile * sh * dh, x.shape[5] * at.tile * sw * dw, c).permute(0, 3, 1, 2)
+    m, t, groups = at.tile, tiles.shape[0], at.groups
+    rows, columns = tiles.shape[4:6]
+    tiles = tiles.view(t, t, groups, n, dh, dw, rows, columns, c // groups, sh, sw)
+    # -> n, (rows, t, sh, dh), (columns, t, sw, dw), (g, c)
+    tiles = tiles.permute(3, 6, 0, 9, 4, 7, 1, 10, 5, 2, 8)
+    # Tiles start every m rows and reach into this many of such blocks.
+    blocks = -(-t // m)
+    height, width = rows + blocks - 1, columns + blocks - 1
+    image = tiles.new_empty(n, height, m, sh, dh, width, m, sw, dw, groups, c // groups)
+    image[:, :rows, :, :, :, :columns] = tiles[:, :, :m, :, :, :, :m]
+    image[:, rows:] = 0
+    image[:, :rows, :, :, :, columns:] = 0
+    for i in range(blocks):
+        for j in range(0 if i else 1, blocks):
+            part = tiles[:, :, i * m : (i + 1) * m, :, :, :, j * m : (j + 1) * m]
+            image[:, i : i + rows, : part.shape[2], :, :, j : j + columns, : part.shape[6]] += part
+    x = image.view(n, height * m * sh * dh, width * m * sw * dw, c).permute(0, 3, 1, 2)
     for axis, step in ((0, step_h), (1, step_w)):
         if step > 1:
             spread = x.new_zeros(*x.shape[: 2 + axis], x.shape[2 + axis] * step, *x.shape[3 + axis :])
@@ -129,19 +174,6 @@ def input_tiles_adjoint(tiles: Tensor, at: Geometry, shape: torch.Size) -> Tenso
     x = x[:, :, top : top + h, left : left + w]
     # Rows that a stride never reads have no gradient.
     return pad(x, (0, max(0, right), 0, max(0, below))) if max(right, below) > 0 else x
-
-
-def _overlap_add(x: Tensor, taps: int, tiles: int, m: int) -> Tensor:
-    """t taps of `tiles` tiles that start every m -> m taps of as many tiles as they reach into."""
-    t, count = x.shape[taps], x.shape[tiles]
-    blocks = -(-t // m)
-    shape = [*x.shape]
-    shape[taps], shape[tiles] = m, count + blocks - 1
-    out = x.new_zeros(shape)
-    for block in range(blocks):
-        size = min(m, t - block * m)
-        out.narrow(taps, 0, size).narrow(tiles, block, count).add_(x.narrow(taps, block * m, size))
-    return out
 
 
 def weight_taps(weight: Tensor, at: Geometry) -> Tensor:
@@ -204,7 +236,7 @@ def output_image_adjoint(y: Tensor, at: Geometry, h: int, w: int) -> Tensor:
     rows, columns = at.tiles(h, 0), at.tiles(w, 1)
     n, k = y.shape[:2]
     edges = (0, columns * at.tile * dw - y.shape[3], 0, rows * at.tile * dh - y.shape[2])
-    y = y.contiguous(memory_format=torch.channels_last)
+    y = channels_last(y)
     y = (pad(y, edges) if any(edges) else y).permute(0, 2, 3, 1)
     y = y.unflatten(3, (at.groups, k // at.groups)).unflatten(2, (columns, at.tile, dw))
     y = y.unflatten(1, (rows, at.tile, dh))
