@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -75,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     console.command = ["tersenet", *arguments]
+    pressed = _note_interrupts()
     try:
         code = app(arguments or ["--help"], prog_name="tersenet", standalone_mode=False)
         sys.stdout.flush()
@@ -90,9 +94,28 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         note(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         code = 1
+    except Exception:
+        # A library that is interrupted while it is imported may fail in its own way.
+        if not pressed:
+            raise
+        code = 130
     if code == 130:
         note("interrupted")
     raise SystemExit(code or 0)
+
+
+def _note_interrupts() -> list[int]:
+    """A list that Ctrl-C puts its signal into, beside what Python does; not where somebody else handles it."""
+    pressed: list[int] = []
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+    return pressed
 
 
 def _usage(error: typer.TyperException) -> int:
