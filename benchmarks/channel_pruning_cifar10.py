@@ -11,13 +11,10 @@ channel_pruning_MODEL_cifar10.json beside this file after each row, and leaves o
 from __future__ import annotations
 
 import copy
-import json
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmarks.cifar_resnet import CPU, applied, described, figures, opened, parser_of
+from benchmarks.cifar_resnet import CPU, applied, described, figures, measured_rows, opened, parser_of
 from torch import nn
 
 from tersenet.data.bundle import Data
@@ -101,24 +98,19 @@ def main() -> None:
     options = parser.parse_args()
     model, data = opened(options.model, options)
     path = Path(__file__).with_name(f"channel_pruning_{options.model}_cifar10.json")
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     claim = f"accuracy of {options.model} on CIFAR-10 right after pruning, no training"
-    result = described(claim, __file__, options, f" --model {options.model}")
-    result |= {"start": figures(model, data), "rows": rows}
-    for target in options.target:
-        for name in options.only:
-            if any((row["target"], row["method"]) == (target, name) for row in rows):
-                continue
-            start = time.process_time()
-            smaller, left = pruned(name, model, data, Target.parse(target))
-            seconds = time.process_time() - start
-            layers = {n: m for n, m in smaller.named_modules() if isinstance(m, nn.Conv2d)}
-            widths = {name: [layer.in_channels, layer.out_channels] for name, layer in layers.items()}
-            row = {"target": target, "method": name, **figures(smaller, data), "macs_left": left}
-            row |= {"cpu_seconds": seconds, "threads": torch.get_num_threads()}
-            print(json.dumps(row), flush=True)
-            rows.append(row | {"widths": widths})
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    result = described(claim, __file__, options, f" --model {options.model}") | {"start": figures(model, data)}
+    cases = [{"target": target, "method": name} for target in options.target for name in options.only]
+
+    def made(case: dict[str, str]) -> tuple[nn.Module, float]:
+        return pruned(case["method"], model, data, Target.parse(case["target"]))
+
+    measured_rows(result, path, cases, made, data, widths)
+
+
+def widths(model: nn.Module) -> dict[str, Any]:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    return {"widths": {name: [layer.in_channels, layer.out_channels] for name, layer in layers.items()}}
 
 
 if __name__ == "__main__":

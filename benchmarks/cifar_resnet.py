@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +61,28 @@ def described(claim: str, script: str, options: argparse.Namespace, more: str = 
         f"python -m benchmarks.{Path(script).stem}{more} --data cifar10:DIR --weights {Path(options.weights).name}"
     )
     return {"claim": claim, "runs_each": 1, "environment": environment("cpu"), "command": command}
+
+
+def measured_rows(
+    result: dict[str, Any],
+    path: Path,
+    cases: Iterable[dict[str, Any]],
+    made: Callable[[dict[str, Any]], tuple[nn.Module, float]],
+    data: Data,
+    more: Callable[[nn.Module], dict[str, Any]] = lambda model: {},
+) -> None:
+    """A row in `path` for each case that it does not hold yet, written as soon as it is known.
+
+    `made` gives a case's network and the share of the multiply-adds that is left; `more` of it goes into the file.
+    """
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    for case in cases:
+        if any(case.items() <= row.items() for row in rows):
+            continue
+        began = time.process_time()
+        model, left = made(case)
+        cost = {"cpu_seconds": round(time.process_time() - began, 1), "threads": torch.get_num_threads()}
+        row = {**case, **figures(model, data), "macs_left": left, **cost}
+        print(json.dumps(row), flush=True)
+        rows.append(row | more(model))
+        path.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")

@@ -9,12 +9,10 @@ decomposition_MODEL_cifar10.json beside this file after each row, and leaves out
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from time import process_time
 
-from benchmarks.cifar_resnet import applied, described, figures, opened, parser_of
+from benchmarks.cifar_resnet import applied, described, figures, measured_rows, opened, parser_of
 from torch import nn
 
 from tersenet.data.bundle import Data
@@ -65,21 +63,10 @@ def main() -> None:
     options = parser.parse_args()
     model, data = opened(options.model, options)
     path = Path(__file__).with_name(f"decomposition_{options.model}_cifar10.json")
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     claim = f"accuracy of {options.model} on CIFAR-10 right after low-rank decomposition, no training"
-    result = described(claim, __file__, options, f" --model {options.model}")
-    result |= {"start": figures(model, data), "rows": rows}
-    for share in options.share:
-        for name in options.only:
-            if any((row["share"], row["method"]) == (share, name) for row in rows):
-                continue
-            began = process_time()
-            small, left = chained(ROWS[name], share, model, data)
-            cost = {"macs_left": left, "cpu_seconds": round(process_time() - began, 1)}
-            row = {"share": share, "method": name, **figures(small, data), **cost}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    result = described(claim, __file__, options, f" --model {options.model}") | {"start": figures(model, data)}
+    cases = [{"share": share, "method": name} for share in options.share for name in options.only]
+    measured_rows(result, path, cases, lambda case: chained(ROWS[case["method"]], case["share"], model, data), data)
 
 
 if __name__ == "__main__":

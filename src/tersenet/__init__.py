@@ -18,10 +18,9 @@ if TYPE_CHECKING:
         load,
         measure,
         save,
-        search_rates,
-        sensitivity,
         workload,
     )
+    from tersenet.api_search import search_rates, sensitivity
     from tersenet.errors import ArtifactError, GraphError, TersenetError
     from tersenet.graph.model import ModelGraph
     from tersenet.lowering.lower import lower
@@ -38,12 +37,11 @@ _HOMES = {
             "load",
             "measure",
             "save",
-            "search_rates",
-            "sensitivity",
             "workload",
         ),
         "tersenet.api",
     ),
+    **dict.fromkeys(("search_rates", "sensitivity"), "tersenet.api_search"),
     **dict.fromkeys(("ArtifactError", "GraphError", "TersenetError"), "tersenet.errors"),
     "ModelGraph": "tersenet.graph.model",
     "lower": "tersenet.lowering.lower",

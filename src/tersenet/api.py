@@ -15,6 +15,7 @@ from torch import nn
 
 from tersenet.data.load import load_data
 from tersenet.data.registry import SHAPES, DataSettings, parse
+from tersenet.environment import device_named
 from tersenet.errors import TersenetError
 from tersenet.exporting import artifact
 from tersenet.exporting.onnx import export_onnx
@@ -33,11 +34,6 @@ from tersenet.pipeline import Pipeline, preview, quiet, request_of
 from tersenet.recipe import Recipe, load_recipe
 from tersenet.results import Accuracy, Measures, Report
 from tersenet.run import Run
-from tersenet.search.amc import search as search_amc
-from tersenet.search.amc_settings import EPISODES, AmcResult, AmcSettings, Prune, Reward
-from tersenet.search.result import Sensitivity
-from tersenet.search.sensitivity import analyse
-from tersenet.search.settings import RATES, SAMPLES, Settings
 from tersenet.train import distributed
 from tersenet.train.evaluate import evaluate as evaluate_network
 from tersenet.winograd_search.layers import measured
@@ -123,13 +119,13 @@ def compress(
     source = Source(what, settings.weights, tuple(settings.model_arguments.items()), base, inputs)
     given = settings.data if data is None or isinstance(data, str) else data
     if dry_run:
-        return Result(*preview(settings, source, _device(device), *_shape_and_classes(given)))
+        return Result(*preview(settings, source, device_named(device), *_shape_and_classes(given)))
     if given is None and any(isinstance(step, TrainingMethod) for step in settings.steps):
         raise TersenetError(f"recipe {settings.name!r} trains, and names no data: give some, such as --data digits")
     if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TersenetError("several processes need one folder for the run: give out (--out)")
     with ExitStack() as stack:
-        on = stack.enter_context(distributed.process_group(_device(device)))
+        on = stack.enter_context(distributed.process_group(device_named(device)))
         bundle = None
         if given is not None:
             share = {"rank": distributed.rank(), "world": distributed.world()}
@@ -235,7 +231,7 @@ def evaluate(
     """
     source = Source(model, str(weights) if weights is not None else None, base=base)
     place = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-    with distributed.process_group(_device(device) if device or place is None else place) as on:
+    with distributed.process_group(device_named(device) if device or place is None else place) as on:
         bundle = load_data(data, rank=distributed.rank(), world=distributed.world(), normalise=source.normalise)
         if bundle.test is None:
             raise TersenetError(f"data {bundle.name!r} has no test split to evaluate on")
@@ -243,139 +239,6 @@ def evaluate(
         known = (bundle.shape, bundle.classes, bundle.normalise)
         network = model if isinstance(model, nn.Module) and weights is None else source.open(*known)
         return evaluate_network(network, bundle.test, device=on, loss=bundle.loss, metric=bundle.metric)
-
-
-def sensitivity(
-    model: str | nn.Module,
-    data: Any,
-    *,
-    rates: Iterable[float] = RATES,
-    importance: str = "l1",
-    samples: int = SAMPLES,
-    split: str | None = None,
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
-    residual: Literal["independent", "coupled"] = "coupled",
-    weights: str | Path | None = None,
-    base: str | None = None,
-    out: str | Path | None = None,
-    device: str | None = None,
-    seed: int = 0,
-    fresh: bool = False,
-    on_event: Callable[[dict[str, Any]], None] = quiet,
-    command: str | None = None,
-) -> Sensitivity:
-    """Accuracy against pruning rate, one layer at a time, on a network that is not changed.
-
-    Args:
-        model: as for `compress`; a module is not changed.
-        data: as for `compress`.
-        rates: shares of a layer's channels that are set to zero, each at least 0 and below 1.
-        importance: the score of the method `magnitude` by which the weakest channels are told.
-        samples: images of the split that every point is evaluated on, the same ones each time.
-        split: `validation`, `train` or `test`. None: validation images, or training images where there are none;
-            rates chosen by test images would make the test useless.
-        include, exclude: layers, by pattern, as for `magnitude`. `residual` too.
-        out: the folder. The same call with the same folder goes on where it stopped. None: nothing is kept.
-        fresh: remove what an earlier analysis left in `out`.
-
-    Raises:
-        TersenetError: anything in the arguments that can't be used; nothing has been measured then.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TersenetError("sensitivity runs in one process: start it without torchrun")
-    if data is None:
-        raise TersenetError("sensitivity needs data to evaluate on: give some, such as --data digits")
-    lists = {"rates": rates, "include": include, "exclude": exclude}
-    for name, value in lists.items():
-        if isinstance(value, str):
-            raise TersenetError(f"{name} (={value!r}) must be a list, such as [{value!r}]")
-    settings = Settings(tuple(rates), importance, samples, split, tuple(include), tuple(exclude), residual, seed=seed)
-    source = _source_for_search(model, weights, base)
-    return analyse(
-        source,
-        load_data(data, seed=seed, normalise=source.normalise),
-        settings,
-        device=_device(device),
-        out=Path(out) if out is not None else None,
-        fresh=fresh,
-        on_event=on_event,
-        command=command,
-    )
-
-
-def search_rates(
-    model: str | nn.Module,
-    data: Any,
-    target: str | None = None,
-    *,
-    reward: Reward = "accuracy",
-    prune: Prune = "channel_pruning",
-    episodes: int = EPISODES,
-    lowest: float = 0.2,
-    multiple: int = 1,
-    images: int = 500,
-    positions: int = 32,
-    samples: int = SAMPLES,
-    split: str | None = None,
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
-    residual: Literal["independent", "coupled"] = "coupled",
-    weights: str | Path | None = None,
-    base: str | None = None,
-    out: str | Path | None = None,
-    device: str | None = None,
-    seed: int = 0,
-    fresh: bool = False,
-    on_event: Callable[[dict[str, Any]], None] = quiet,
-    command: str | None = None,
-) -> AmcResult:
-    """How many channels each layer keeps within a budget, by AMC's agent, on a network that is not changed.
-
-    `result.rates` and `result.recipe()` are for `compress`. For the settings see `tersenet.search.amc_settings`.
-
-    Args:
-        model: as for `compress`; a module is not changed.
-        data: as for `compress`.
-        target: `macs=50%`, `params=0.3M`: no episode exceeds it.
-        out: the folder. The same call with the same folder goes on where it stopped. None: nothing is kept.
-        fresh: remove what an earlier search left in `out`.
-
-    Raises:
-        TersenetError: anything in the arguments that can't be used; nothing has been evaluated then.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TersenetError("a search runs in one process: start it without torchrun")
-    if data is None:
-        raise TersenetError("a search needs data to evaluate on: give some, such as --data digits")
-    for name, value in {"include": include, "exclude": exclude}.items():
-        if isinstance(value, str):
-            raise TersenetError(f"{name} (={value!r}) must be a list, such as [{value!r}]")
-    settings = AmcSettings(
-        target, reward, prune, episodes, lowest, multiple, images, positions, samples, split, tuple(include),
-        tuple(exclude), residual, seed,
-    )  # fmt: skip
-    source = _source_for_search(model, weights, base)
-    return search_amc(
-        source,
-        load_data(data, seed=seed, normalise=source.normalise),
-        settings,
-        device=_device(device),
-        out=Path(out) if out is not None else None,
-        fresh=fresh,
-        on_event=on_event,
-        command=command,
-    )
-
-
-def _source_for_search(model: str | nn.Module, weights: str | Path | None, base: str | None) -> Source:
-    """A module is copied, so that it stays as it is."""
-    what = model
-    if isinstance(model, nn.Module):
-        what = unwrapped(model)
-        check_usable(what, inputs=None)
-        what = copied(what)
-    return Source(what, str(weights) if weights is not None else None, base=base)
 
 
 def open_model(
@@ -428,17 +291,3 @@ def _shape_and_classes(data: Any) -> tuple[tuple[int, ...] | None, int | None]:
             return SHAPES[name]
     bundle = load_data(data)
     return bundle.shape, bundle.classes
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise TersenetError(f"device {name!r} is not known to torch; use cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "cuda"):
-        raise TersenetError(f"device {name!r} is not one that tersenet runs on; use cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TersenetError(f"device {name!r}: torch can use {torch.cuda.device_count()} CUDA devices here")
-    return device

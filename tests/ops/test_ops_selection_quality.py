@@ -1,5 +1,5 @@
 """The published procedure against ours on one synthetic layer, a 3 x 3 convolution of 256 to 256 channels: that of
-`benchmarks/channel_selection.py`."""
+`benchmarks/channel_selection.py`, whose JSON has the times."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_fact_21_selection_and_reconstruction_beat_the_published_procedure(bench: Any) -> None:
     problem, kept, taps = bench.problem(), bench.KEPT, bench.TAPS
     assert 0.55 < float(problem.x.eq(0).float().mean()) < 0.65
-    bench.ours(problem)  # the first one pays for loading the libraries
-    own, own_seconds = bench.timed(lambda: bench.ours(problem))
-    theirs, their_seconds = bench.timed(lambda: bench.published(problem))
+    own, theirs = bench.ours(problem), bench.published(problem)
     error, their_error = problem.missed(*own), problem.missed(*theirs)
     moments = bench.moments_of(problem)
     path = bench.path_of(problem, moments)
@@ -45,14 +43,10 @@ def test_fact_21_selection_and_reconstruction_beat_the_published_procedure(bench
     weight = problem.weight[:, columns]
     bare = problem.missed(columns, weight, (problem.wanted - problem.fresh[:, columns] @ weight.T).mean(0))
     print(
-        f"ours {error:.4f} in {own_seconds:.2f} s; published {their_error:.4f} with {len(theirs[0]) // taps} in "
-        f"{their_seconds:.1f} s, ours with as many {equal:.4f}; max response {strongest:.4f}, first {first:.4f}, "
-        f"no fit {bare:.4f}, nested order {nested:.4f}"
+        f"ours {error:.4f}; published {their_error:.4f} with {len(theirs[0]) // taps}, ours with as many {equal:.4f}; "
+        f"max response {strongest:.4f}, first {first:.4f}, no fit {bare:.4f}, nested order {nested:.4f}"
     )
     assert equal < their_error
-    # One thread each. The searched penalty costs what luck has it: 4 times was measured, 3 is safe.
-    assert own_seconds < 3
-    assert own_seconds * 3 < their_seconds
     assert error < 0.75 * min(strongest, first)
     assert error < 0.9 * bare
     assert nested < 1.02 * error

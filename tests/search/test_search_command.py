@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import tersenet as tn
-from tersenet import api
+from tersenet import api_search
 from tersenet.cli.main import main
 from tersenet.models.open import Source
 from test_documents import ROOT, blocks
@@ -75,7 +75,7 @@ def test_bad_arguments(
 def test_an_interruption_says_where_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = api.search_rates
+    real = api_search.search_rates
 
     def interrupted(*arguments: Any, on_event: Any, **more: Any) -> Any:
         def listen(event: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def test_an_interruption_says_where_it_goes_on(
 
         return real(*arguments, on_event=listen, **more)
 
-    monkeypatch.setattr(api, "search_rates", interrupted)
+    monkeypatch.setattr(api_search, "search_rates", interrupted)
     code, out, err = call(capsys, *COMMAND, "--out", str(tmp_path))
     assert (code, out) == (130, "")
     assert "interrupted; the same command goes on after 2 of 4 episodes" in err

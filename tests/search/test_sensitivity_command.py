@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tersenet as tn
-from tersenet import api
+from tersenet import api_search
 from tersenet.cli.main import main
 from test_documents import ROOT, blocks
 
@@ -75,7 +75,7 @@ def test_no_data(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_interruption_says_where_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = api.sensitivity
+    real = api_search.sensitivity
 
     def interrupted(*arguments: Any, on_event: Any, **more: Any) -> Any:
         def listen(event: dict[str, Any]) -> None:
@@ -85,11 +85,11 @@ def test_an_interruption_says_where_it_goes_on(
 
         return real(*arguments, on_event=listen, **more)
 
-    monkeypatch.setattr(api, "sensitivity", interrupted)
+    monkeypatch.setattr(api_search, "sensitivity", interrupted)
     code, out, err = call(capsys, *COMMAND, "--out", str(tmp_path))
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; the same command goes on after 3 of 8 points"
-    monkeypatch.setattr(api, "sensitivity", real)
+    monkeypatch.setattr(api_search, "sensitivity", real)
     assert ", 3 points known" in call(capsys, *COMMAND, "--out", str(tmp_path))[2]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tersenet.cli import console, options
-from tersenet.cli.console import examples, fail, note_random_weights, show, width
-from tersenet.cli.progress import Status, clock
+from tersenet.cli.console import examples, note_random_weights, show, width
+from tersenet.cli.trials import ExcludeOption, IncludeOption, SplitOption, TrialProgress, folder_for, interruptible
 
 if TYPE_CHECKING:
     from tersenet.search.amc_settings import AmcResult
@@ -26,25 +25,18 @@ EXAMPLES = examples(
 _LINES = 20  # in a log file
 
 
-class Progress:
-    """On a terminal one line that is rewritten, in a log file some twenty lines. `done` of `of` episodes are known."""
+class Progress(TrialProgress):
+    """On a terminal one line that is rewritten, in a log file some twenty lines."""
 
-    def __init__(self, status: Status | None = None) -> None:
-        self.status = status or Status()
-        self.done, self.of = 0, 0
+    def started(self, event: dict[str, Any]) -> str:
+        known = f", {self.done} known" if self.done else ""
+        return f"{event['layers']} layers, {self.of} episodes{known}"
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        self.done, self.of = event["done"], event["of"]
-        left = "" if event["eta_seconds"] is None else f"  ETA {clock(event['eta_seconds'])}"
-        if event["event"] == "start":
-            known = f", {self.done} known" if self.done else ""
-            self.status.line(f"{event['layers']} layers, {self.of} episodes{known}{left}")
-            return
-        text = f"{self.done}/{self.of}  {event['kind']}  {event['value']:.4g}  best {event['best']:.4g}{left}"
-        if self.status.live:
-            self.status.update(text)
-        elif self.done in (1, 2, self.of) or self.done % max(1, self.of // _LINES) == 0:
-            self.status.line(text)
+    def trial(self, event: dict[str, Any]) -> str:
+        return f"{event['kind']}  {event['value']:.4g}  best {event['best']:.4g}"
+
+    def worth_a_line(self, event: dict[str, Any]) -> bool:
+        return self.done in (1, 2, self.of) or self.done % max(1, self.of // _LINES) == 0
 
 
 def search(
@@ -76,16 +68,9 @@ def search(
     ] = 1,
     images: Annotated[int, typer.Option("--images", min=1, help="Training images that layers are fitted to.")] = 500,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Images that every episode is evaluated on.")] = 1000,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", metavar="S", help="validation, train or test; validation by default, if there is one."),
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these layers; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these layers; repeatable.")
-    ] = None,
+    split: SplitOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     residual: Annotated[
         str, typer.Option("--residual", metavar="MODE", help="coupled or independent, as for the method that prunes.")
     ] = "coupled",
@@ -112,20 +97,15 @@ def search(
     settings["seed"] = seed
     AmcSettings(**settings)
     parse(data)
-    from tersenet import api
+    from tersenet import api_search
     from tersenet.search.amc import RECIPE
 
-    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"search-{model}")
+    folder = folder_for("search", model, out)
     progress = Progress()
     more: dict[str, Any] = {"weights": weights, "base": base, "device": device, "fresh": fresh, "out": folder}
     command = shlex.join(console.command)
-    try:
-        found = api.search_rates(model, data, **settings, **more, on_event=progress, command=command)
-    except KeyboardInterrupt:
-        progress.status.close()
-        fail(f"interrupted; the same command goes on after {progress.done} of {progress.of} episodes", 130)
-    finally:
-        progress.status.close()
+    with interruptible(progress, "episodes"):
+        found = api_search.search_rates(model, data, **settings, **more, on_event=progress, command=command)
     note_random_weights(model, weights)
     show(found.model_dump(mode="json"), lambda: f"{_text(found)}\n{folder / RECIPE}", as_json)
 

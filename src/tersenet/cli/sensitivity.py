@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from tersenet.cli import console, options
-from tersenet.cli.console import examples, fail, note_random_weights, show, width
-from tersenet.cli.progress import Status, clock
+from tersenet.cli.console import examples, note_random_weights, show, width
+from tersenet.cli.trials import ExcludeOption, IncludeOption, SplitOption, TrialProgress, folder_for, interruptible
 from tersenet.errors import TersenetError
 
 EXAMPLES = examples(
@@ -25,28 +24,20 @@ EXAMPLES = examples(
 )
 
 
-class Progress:
-    """On a terminal one line that is rewritten, in a log file one line per layer. `done` of `of` points are known."""
+class Progress(TrialProgress):
+    """On a terminal one line that is rewritten, in a log file one line per layer."""
 
-    def __init__(self, status: Status | None = None) -> None:
-        self.status = status or Status()
-        self.done, self.of = 0, 0
+    def started(self, event: dict[str, Any]) -> str:
+        known = f", {self.done} points known" if self.done else ""
+        return f"{event['layers']} layers x {event['rates']} rates on {event['images']} images{known}"
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        self.done, self.of = event["done"], event["of"]
-        left = "" if event["eta_seconds"] is None else f"  ETA {clock(event['eta_seconds'])}"
-        if event["event"] == "start":
-            known = f", {self.done} points known" if self.done else ""
-            what = f"{event['layers']} layers x {event['rates']} rates on {event['images']} images{known}"
-            self.status.line(f"{what}{left}")
-            return
+    def trial(self, event: dict[str, Any]) -> str:
         name = next(name for name in ("top1", "metric", "loss") if event[name] is not None)
         value = f"top-1 {event[name]:.2%}" if name == "top1" else f"{name} {event[name]:.4g}"
-        text = f"{self.done}/{self.of}  {event['layer']}  rate {event['rate']:g}  {value}{left}"
-        if self.status.live:
-            self.status.update(text)
-        elif event["last"]:
-            self.status.line(text)
+        return f"{event['layer']}  rate {event['rate']:g}  {value}"
+
+    def worth_a_line(self, event: dict[str, Any]) -> bool:
+        return event["last"]
 
 
 def sensitivity(
@@ -60,17 +51,10 @@ def sensitivity(
     importance: Annotated[
         str, typer.Option("--importance", metavar="SCORE", help="What tells the weakest channels, as for magnitude.")
     ] = "l1",
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these layers; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these layers; repeatable.")
-    ] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Images that every point is evaluated on.")] = 1000,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", metavar="S", help="validation, train or test; validation by default, if there is one."),
-    ] = None,
+    split: SplitOption = None,
     residual: Annotated[
         str, typer.Option("--residual", metavar="MODE", help="coupled or independent, as for magnitude.")
     ] = "coupled",
@@ -100,20 +84,16 @@ def sensitivity(
     settings |= {"residual": residual, "seed": seed}
     Settings(**settings)
     parse(data)
-    from tersenet import api
+    from tersenet import api_search
     from tersenet.search.folder import PAGE
     from tersenet.search.tables import render_text
 
-    folder = out or Path("runs") / re.sub(r"[^\w.-]+", "_", f"sensitivity-{model}")
+    folder = folder_for("sensitivity", model, out)
     progress = Progress()
     more: dict[str, Any] = {"weights": weights, "base": base, "device": device, "fresh": fresh, "out": folder}
-    try:
-        found = api.sensitivity(model, data, **settings, **more, on_event=progress, command=shlex.join(console.command))
-    except KeyboardInterrupt:
-        progress.status.close()
-        fail(f"interrupted; the same command goes on after {progress.done} of {progress.of} points", 130)
-    finally:
-        progress.status.close()
+    command = shlex.join(console.command)
+    with interruptible(progress, "points"):
+        found = api_search.sensitivity(model, data, **settings, **more, on_event=progress, command=command)
     note_random_weights(model, weights)
     document = {**found.model_dump(mode="json"), "rates": found.rates()}
     show(document, lambda: f"{render_text(found, width())}\n{folder / PAGE}", as_json)
