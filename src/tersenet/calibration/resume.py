@@ -10,16 +10,15 @@ place before anything is kept there.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tersenet.calibration.store import Store
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.replay import Action, replay
 from tersenet.graph.trace import Op, Ref, refs_in, tensors_in
@@ -36,12 +35,12 @@ class Reached(Exception):
 class Resumed:
     """The network of `graph` on `batches` from the operator `at` on, which goes forward by `advance`.
 
-    What is kept lies in files, which are deleted with the object. `batches` gives the same ones every time.
+    `batches` gives the same ones every time.
     """
 
     def __init__(self, graph: ModelGraph, batches: Callable[[], Iterable[Batch]]) -> None:
         self.graph, self.batches, self.at = graph, batches, 0
-        self._folder = tempfile.TemporaryDirectory(prefix="tersenet-")
+        self._kept = Store()
         self._shapes: dict[tuple[tuple[int, ...], ...], Shapes] = {}
         self._possible = graph.trace.chosen_from is None
 
@@ -49,7 +48,7 @@ class Resumed:
         """The output on batch `number`, with `actions` in place of operators; those that were skipped have none."""
         skipped: dict[int, Action] = {}
         if self.at:
-            skipped = self._skipping(self.at, batch, torch.load(self._file(number), weights_only=True))
+            skipped = self._skipping(self.at, batch, self._kept.get(str(number)))
         return replay(self.graph.model, self.graph.trace, batch, {**actions, **skipped})
 
     def advance(self, to: int, actions: Mapping[int, Action]) -> None:
@@ -67,8 +66,7 @@ class Resumed:
             self._possible = False
             return
         for number, batch in enumerate(self.batches()):
-            alive = self._alive(number, batch, to, actions)
-            torch.save(alive, self._file(number))
+            self._kept.put(str(number), self._alive(number, batch, to, actions))
         self.at = to
 
     def _same(self, to: int, batch: Batch, actions: Mapping[int, Action]) -> bool:
@@ -83,7 +81,7 @@ class Resumed:
         )
 
     def _alive(self, number: int, batch: Batch, to: int, actions: Mapping[int, Action]) -> Alive:
-        kept: Alive = torch.load(self._file(number), weights_only=True) if self.at else {}
+        kept: Alive = self._kept.get(str(number)) if self.at else {}
         skipped = self._skipping(self.at, batch, kept) if self.at else {}
         return _Watch(self, batch, to, kept).alive({**actions, **skipped})
 
@@ -147,9 +145,6 @@ class Resumed:
             known = [alive.get(slot) for slot in made]
             actions[op.number] = _given(op, known, shapes.get(op.number))
         return actions
-
-    def _file(self, number: int) -> Path:
-        return Path(self._folder.name) / f"{number}.pt"
 
 
 class _Watch:

@@ -5,19 +5,17 @@ what earlier layers lost is part of what a later one can make up for. Where a re
 also makes up for what the other operand has lost.
 
 Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, sections 3.2 and 3.3.
-Differs: what is stored are sampled rows, on disk; each pass runs the network as far as it has to. Targets are taken
+Differs: what is stored are sampled rows; each pass runs the network as far as it has to. Targets are taken
 behind the batch norm that follows a layer, so that errors count by what they become there, and scales near zero do no
 harm.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from tersenet.calibration.original import Original
 from tersenet.calibration.readers import Reader, through_norm
 from tersenet.calibration.resume import Reached, Resumed
+from tersenet.calibration.store import Store
 from tersenet.data.bundle import Loader, first_tensor
 from tersenet.errors import TersenetError
 from tersenet.graph.labels import NDArrayBool
@@ -47,8 +46,7 @@ Statistics = list[Moments]
 class Images:
     """The first `images` training images of epoch 0 and `positions` of each layer's outputs for each of them.
 
-    Both follow from `seed` and are the same in every pass. They are loaded once, and then come from files that are
-    deleted with the object.
+    Both follow from `seed` and are the same in every pass. They are loaded once.
     """
 
     loader: Loader
@@ -56,7 +54,7 @@ class Images:
     positions: int
     seed: int
     device: torch.device
-    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False, repr=False)
+    _loaded: Store | None = field(default=None, init=False, repr=False)
     _count: int = field(default=0, init=False)
     _others: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]], init=False, repr=False)
 
@@ -66,9 +64,9 @@ class Images:
         Raises:
             TersenetError: batches of named inputs.
         """
-        folder = self._load()
+        loaded = self._load()
         for number in range(self._count):
-            yield torch.load(Path(folder) / f"{number}.pt", map_location=self.device, weights_only=True)
+            yield tuple(move(loaded.get(str(number)), self.device))
 
     def others(self, count: int) -> list[tuple[Any, ...]]:
         """At most `count` (128) training images that are not among `batches`; of those where there are no more."""
@@ -79,11 +77,10 @@ class Images:
         """How many there are."""
         return min(self.images, self.loader.n)
 
-    def _load(self) -> str:
-        """The folder of the files."""
-        if self._folder is not None:
-            return self._folder.name
-        folder = tempfile.TemporaryDirectory(prefix="tersenet-")
+    def _load(self) -> Store:
+        if self._loaded is not None:
+            return self._loaded
+        loaded = Store()
         count, left, others = 0, self.images, list[tuple[Any, ...]]()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -92,16 +89,16 @@ class Images:
                     raise TersenetError("calibration takes batches of one tensor or of several in order, not a dict")
                 several = tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)
                 if left > 0:
-                    # Copies: a slice would be saved with all that it is a part of.
-                    torch.save(tuple(x[:left].clone() for x in several), Path(folder.name) / f"{count}.pt")
+                    # Copies: a slice would be kept with all that it is a part of.
+                    loaded.put(str(count), tuple(x[:left].clone() for x in several))
                     count += 1
                 if len(first_tensor(several)) > left:
                     others.append(tuple(move([x[max(left, 0) : left + _OTHERS] for x in several], self.device)))
                 left -= len(first_tensor(several))
                 if left <= -_OTHERS:
                     break
-        self._folder, self._count, self._others = folder, count, others
-        return folder.name
+        self._loaded, self._count, self._others = loaded, count, others
+        return loaded
 
 
 def _first(batches: Iterable[tuple[Any, ...]], count: int) -> Iterator[tuple[Any, ...]]:
@@ -166,9 +163,7 @@ def rows(
 
 
 class Targets:
-    """What the layers of the original network give, and the other operands of their sums, on disk: one pass of it.
-
-    The folder is deleted with the object.
+    """What the layers of the original network give, and the other operands of their sums: one pass of it.
 
     Args:
         graph: with the network as it is. What is not known of the original, it says.
@@ -178,7 +173,7 @@ class Targets:
     def __init__(
         self, graph: ModelGraph, readers: Sequence[Reader], images: Images, original: Original | None = None
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="tersenet-")
+        self._kept = Store()
         own: list[_Wanted] = []
         earlier: list[_Wanted] = []
         for reader in readers:
@@ -206,14 +201,11 @@ class Targets:
                     outputs, other = _behind_norm(graph.model, there, seen.outputs[use]), seen.others.get(use)
                     if kept is not None:
                         outputs, other = outputs[:, kept], None if other is None else other[:, kept]
-                    torch.save((outputs, other), self._file(number, names[use]))
+                    self._kept.put(f"{number}-{names[use]}", (outputs, other))
 
     def load(self, batch: int, use: int) -> tuple[Tensor, Tensor | None]:
         """Rows of outputs, behind the batch norm if one follows, and of what is added to them."""
-        return torch.load(self._file(batch, use), weights_only=True)
-
-    def _file(self, batch: int, use: int) -> Path:
-        return Path(self._folder.name) / f"{batch}-{use}.pt"
+        return self._kept.get(f"{batch}-{use}")
 
 
 def _behind_norm(model: nn.Module, reader: Reader, rows: Tensor) -> Tensor:

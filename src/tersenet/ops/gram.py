@@ -19,7 +19,7 @@ from torch import Tensor
 from tersenet.errors import TersenetError
 
 _ROWS = 2048  # rows per matrix product
-_TILE = 512  # columns per tile of the symmetric product: tiles above the diagonal are not computed
+_TILE = 256  # columns per tile of the symmetric product: tiles above the diagonal are not computed
 
 
 class StatisticsError(TersenetError):
@@ -157,8 +157,11 @@ class Moments:
         if not new:
             return
         for block, mean in ((self._x, self._mean_x), (self._y, self._mean_y)):
-            own = block[:new].mean(0, dtype=torch.float64)
-            block[:new] -= own.to(block.dtype)
+            own = torch.zeros_like(mean)
+            for _ in range(2):  # the second time, what rounding has left of a mean far from zero
+                rest = block[:new].mean(0)
+                block[:new] -= rest
+                own += rest
             block[new] = (own - mean) * math.sqrt(old * new / (old + new))
             mean += (own - mean) * (new / (old + new))
         x, y = self._x[: new + 1], self._y[: new + 1]
@@ -217,8 +220,10 @@ class Moments:
 def require_finite(name: str, x: Tensor, y: Tensor) -> None:
     """Raises: StatisticsError if the layer's input rows `x` or target rows `y` hold a NaN or an infinity."""
     for what, rows in (("inputs", x), ("target outputs", y)):
-        if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
-            count = int(rows.numel() - torch.isfinite(rows).sum())
+        if bool(torch.isfinite(rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32)))):
+            continue
+        count = int(rows.numel() - torch.isfinite(rows).sum())
+        if count:
             raise StatisticsError(
                 f"the {what} of {name!r} hold {count} values that are NaN or infinite. Reconstruction needs finite "
                 "activations: look for damaged calibration images or weights, or leave this layer out."
