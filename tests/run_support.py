@@ -56,12 +56,29 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     """What a command prints with --json; it has to succeed."""
+    code, out, err = called(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str, str]:
+    """Exit status, stdout and stderr of a command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--json"])
-    out, err = capsys.readouterr()
-    assert ended.value.code == 0, err
-    return json.loads(out)
+        main(list(arguments))
+    return ended.value.code, *capsys.readouterr()
+
+
+class CtrlC:
+    """A listener that raises it at the event of this number."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tersenet as tn
-from run_support import files, loaders, make, same
+from run_support import CtrlC, files, loaders, make, same
 from tersenet.calibration.items import find_items
 from tersenet.data.load import load_data
 from tersenet.errors import TersenetError, UnknownNameError
@@ -45,18 +45,6 @@ def trained() -> nn.Module:
 def run(model: Any = None, **more: Any) -> AmcResult:
     settings: dict[str, Any] = {"target": "macs=60%", "episodes": 8, "images": 40, "device": "cpu"}
     return tn.search_rates(model or trained(), loaders(), **(settings | more))
-
-
-class Stop:
-    """Raises Ctrl-C at the event of this number."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -154,7 +142,7 @@ def test_the_callers_module_is_not_changed(tmp_path: Path) -> None:
     run(model)
     for at in (0, 1, 4):
         with pytest.raises(KeyboardInterrupt):
-            run(model, out=tmp_path / "s", on_event=Stop(at))
+            run(model, out=tmp_path / "s", on_event=CtrlC(at))
     assert same(model, before)
     assert model.training
 
@@ -165,7 +153,7 @@ def test_interrupted_is_as_uninterrupted(tmp_path: Path, prune: str, at: int) ->
     """Also where the agent had learnt from what was lost with its process."""
     run(out=tmp_path / "whole", prune=prune)
     with pytest.raises(KeyboardInterrupt):
-        run(out=tmp_path / "cut", prune=prune, on_event=Stop(at))
+        run(out=tmp_path / "cut", prune=prune, on_event=CtrlC(at))
     lines = tmp_path / "cut" / EPISODES
     assert lines.read_bytes().count(b"\n") == at
     with lines.open("ab") as file:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import tersenet as tn
+from run_support import called
 from tersenet import api_search
-from tersenet.cli.main import main
 from tersenet.models.open import Source
 from test_documents import ROOT, blocks
 
@@ -21,18 +21,11 @@ COMMAND = (
 )  # fmt: skip
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return ended.value.code, *capsys.readouterr()
-
-
 def test_table_recipe_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(capsys, *COMMAND)
+    code, out, err = called(capsys, *COMMAND)
     assert code == 0, err
     recipe = Path("runs") / "search-resnet8" / "recipe.yaml"
     assert out.rstrip().endswith(str(recipe))
@@ -43,7 +36,7 @@ def test_table_recipe_and_json(
     assert lines[0] == "8 layers, 4 episodes"
     assert lines[1].startswith("1/4  measured  ")
     assert lines[4].startswith("4/4  searched  ")
-    code, out, err = call(capsys, *COMMAND, "--json")
+    code, out, err = called(capsys, *COMMAND, "--json")
     assert err.startswith("8 layers, 4 episodes, 4 known\n")
     document = json.loads(out)
     assert document["baseline"]["n"] == 40
@@ -66,7 +59,7 @@ def test_table_recipe_and_json(
 def test_bad_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    code, out, err = call(capsys, *COMMAND, *arguments, "--out", str(tmp_path / "s"))
+    code, out, err = called(capsys, *COMMAND, *arguments, "--out", str(tmp_path / "s"))
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(message)
     assert not (tmp_path / "s").exists()
@@ -86,7 +79,7 @@ def test_an_interruption_says_where_it_goes_on(
         return real(*arguments, on_event=listen, **more)
 
     monkeypatch.setattr(api_search, "search_rates", interrupted)
-    code, out, err = call(capsys, *COMMAND, "--out", str(tmp_path))
+    code, out, err = called(capsys, *COMMAND, "--out", str(tmp_path))
     assert (code, out) == (130, "")
     assert "interrupted; the same command goes on after 2 of 4 episodes" in err
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tersenet as tn
-from run_support import files, loaders, make, same
+from run_support import CtrlC, files, loaders, make, same
 from tersenet.api import open_model
 from tersenet.data.bundle import TensorLoader
 from tersenet.data.load import load_data
@@ -40,18 +40,6 @@ def trained() -> nn.Module:
 def run(model: Any = None, data: Any = None, /, **more: Any) -> Any:
     settings: dict[str, Any] = {"rates": RATES, "device": "cpu"}
     return tn.sensitivity(model or trained(), data or loaders(), **(settings | more))
-
-
-class Stop:
-    """Raises Ctrl-C at the event of this number."""
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 def zeroed_by_hand(model: nn.Module, layers: list[str], count: int) -> nn.Module:
@@ -139,7 +127,7 @@ def test_the_callers_module_is_not_changed(tmp_path: Path) -> None:
     run(model)
     for at in (0, 1, 3):
         with pytest.raises(KeyboardInterrupt):
-            run(model, out=tmp_path / "s", on_event=Stop(at))
+            run(model, out=tmp_path / "s", on_event=CtrlC(at))
     assert same(model, before)
     assert model.training
     assert record_of(model) is None
@@ -174,7 +162,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def test_interrupted_is_as_uninterrupted(tmp_path: Path, at: int, half: bytes) -> None:
     run(out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(out=tmp_path / "cut", on_event=Stop(at))
+        run(out=tmp_path / "cut", on_event=CtrlC(at))
     points = tmp_path / "cut" / POINTS
     known = points.read_bytes().count(b"\n")
     assert known == 1 + at

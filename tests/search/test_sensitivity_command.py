@@ -9,25 +9,18 @@ from typing import Any
 import pytest
 
 import tersenet as tn
+from run_support import called
 from tersenet import api_search
-from tersenet.cli.main import main
 from test_documents import ROOT, blocks
 
 COMMAND = ("sensitivity", "resnet8", "--data", "digits", "--rates", "0.5", "--samples", "40", "--device", "cpu")
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return ended.value.code, *capsys.readouterr()
 
 
 def test_table_page_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(capsys, *COMMAND)
+    code, out, err = called(capsys, *COMMAND)
     assert code == 0, err
     page = Path("runs") / "sensitivity-resnet8" / "sensitivity.html"
     assert out.rstrip().endswith(str(page))
@@ -40,7 +33,7 @@ def test_table_page_and_json(
     lines = err.splitlines()
     assert lines[0].startswith("8 layers x 1 rates on 40 images  ETA 0:0")
     assert lines[1].startswith("1/8  conv1  rate 0.5  top-1 ")
-    code, out, err = call(capsys, *COMMAND, "--json")
+    code, out, err = called(capsys, *COMMAND, "--json")
     assert err.startswith("8 layers x 1 rates on 40 images, 8 points known\n")
     document = json.loads(out)
     assert document["baseline"]["n"] == 40
@@ -60,14 +53,14 @@ def test_table_page_and_json(
 def test_bad_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    code, out, err = call(capsys, *COMMAND, *arguments, "--out", str(tmp_path / "s"))
+    code, out, err = called(capsys, *COMMAND, *arguments, "--out", str(tmp_path / "s"))
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(message)
     assert not (tmp_path / "s").exists()
 
 
 def test_no_data(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = call(capsys, "sensitivity", "resnet8")
+    code, out, err = called(capsys, "sensitivity", "resnet8")
     assert (code, out) == (2, "")
     assert "Missing option '--data'" in err
 
@@ -86,11 +79,11 @@ def test_an_interruption_says_where_it_goes_on(
         return real(*arguments, on_event=listen, **more)
 
     monkeypatch.setattr(api_search, "sensitivity", interrupted)
-    code, out, err = call(capsys, *COMMAND, "--out", str(tmp_path))
+    code, out, err = called(capsys, *COMMAND, "--out", str(tmp_path))
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; the same command goes on after 3 of 8 points"
     monkeypatch.setattr(api_search, "sensitivity", real)
-    assert ", 3 points known" in call(capsys, *COMMAND, "--out", str(tmp_path))[2]
+    assert ", 3 points known" in called(capsys, *COMMAND, "--out", str(tmp_path))[2]
 
 
 def test_python_blocks_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
