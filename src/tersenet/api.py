@@ -213,7 +213,7 @@ def latency_table(
         TersenetError: the network has no convolution.
     """
     inputs = example if isinstance(example, tuple) else (example,)
-    return measured(unwrapped(model).eval(), inputs, bits, batch)
+    return measured(unwrapped(model), inputs, bits, batch)
 
 
 def evaluate(

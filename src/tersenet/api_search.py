@@ -108,7 +108,7 @@ def search_rates(
     Args:
         model: as for `compress`; a module is not changed.
         data: as for `compress`.
-        target: `macs=50%`, `params=0.3M`: no episode exceeds it.
+        target: `macs=50%`, `params=0.3M`, `latency=60%` or `latency=4ms`: no episode exceeds it.
         out: the folder. The same call with the same folder goes on where it stopped. None: nothing is kept.
         fresh: remove what an earlier search left in `out`.
 

@@ -91,3 +91,21 @@ def test_a_full_disk(small_disk: Path) -> None:
     with pytest.raises(TersenetError, match=r"could not write .*net\.onnx: No space left on device"):
         tersenet.export(nn.Linear(400, 400), small_disk / "net.onnx", torch.zeros(1, 400))
     assert files(small_disk) == {"net.onnx": b"old"}
+
+
+class Classes(nn.Module):
+    """Numbers, and the classes that they say."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.argmax(1)
+
+
+def test_a_quantized_network_may_give_integers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "is_quantized", lambda _: True)  # pyright: ignore[reportUnknownLambdaType]
+    batch = (torch.eye(4),)
+    wanted = [*Classes()(*batch)]
+    near, far = ([(x * by).numpy() for x in wanted] for by in (1.01, 1.2))
+    alike = exporting._as_near_as_itself  # pyright: ignore[reportPrivateUsage]
+    assert alike(Classes(), batch, near, wanted)
+    assert not alike(Classes(), batch, far, wanted)
+    assert not alike(Classes(), batch, [wanted[0].numpy(), wanted[1].numpy()[::-1]], wanted)

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 import tersenet as tn
 from graph_support import compare_on, randomise
+from tersenet.calibration.images import Images
 from tersenet.calibration.items import Costs, find_items
 from tersenet.calibration.readers import find_readers
 from tersenet.calibration.refit import contribution, curve
-from tersenet.calibration.sampling import Images, Targets, statistics
+from tersenet.calibration.sampling import Targets, statistics
 from tersenet.calibration.solver import Solver
 from tersenet.data.bundle import Data
 from tersenet.data.load import load_data

@@ -15,11 +15,13 @@ from torch import nn
 
 import tersenet as tn
 from graph_support import randomise
+from tersenet.calibration.images import Images
 from tersenet.calibration.original import Followed, Original
 from tersenet.calibration.readers import find_readers
-from tersenet.calibration.sampling import Images, Targets
+from tersenet.calibration.sampling import Targets
 from tersenet.graph.edits import Adapt, Fold, Group, Keep, Merge, Slice, Split
 from tersenet.graph.model import ModelGraph
+from tersenet.graph.record import attach
 from tersenet.methods.base import Context, Method
 from tersenet.methods.channel_decomposition import ChannelDecomposition
 from tersenet.methods.channel_pruning import ChannelPruning
@@ -42,7 +44,7 @@ def resnet() -> nn.Module:
 def carried_out(steps: tuple[Method, ...], original: bool) -> nn.Module:
     model = resnet()
     before = ModelGraph(copy.deepcopy(model), EXAMPLE)
-    before.forget(before.record)
+    attach(before.model, before.record)
     for step in steps:
         graph = ModelGraph(model, EXAMPLE)
         data = dataclasses.replace(tiny_data(), train=Batches(96, 32, 1))

@@ -13,10 +13,10 @@ from torch import nn
 from tersenet.calibration.items import Counts
 from tersenet.calibration.readers import Reader, find_readers
 from tersenet.errors import GraphError
-from tersenet.graph.convolutions import tags
+from tersenet.graph.convolutions import has_hooks, tags
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.select import Layers, check_patterns, matches_any
-from tersenet.graph.shrink import all_names
+from tersenet.graph.shrink import shares_weight
 from tersenet.nn.low_rank import Form, highest_rank
 
 
@@ -167,12 +167,9 @@ def _hindrance(graph: ModelGraph, reader: Reader) -> str | None:
     conv = graph.model.get_submodule(reader.layer)
     if any(graph.trace.ops[use].place.module != reader.layer for use in reader.uses):
         return "other code than its own forward runs it"
-    if vars(conv)["_forward_pre_hooks"] or vars(conv)["_forward_hooks"]:
+    if has_hooks(conv):
         return "it has hooks, which a pair would lose"
-    owners = {n.rpartition(".")[0] for n in all_names(graph.model)[f"{reader.layer}.weight"]}
-    if len({id(graph.model.get_submodule(owner)) for owner in owners}) > 1:
-        return "it shares its weight with another layer"
-    return None
+    return "it shares its weight with another layer" if shares_weight(graph.model, reader.layer) else None
 
 
 def _splittable(graph: ModelGraph, reader: Reader, form: Form) -> Splittable:

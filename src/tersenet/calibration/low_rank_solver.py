@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tersenet.calibration.allocation import Curves
+from tersenet.calibration.images import Images
 from tersenet.calibration.low_rank_fit import FORMS, Channel, Pair, Spatial, install, relu_follows
 from tersenet.calibration.low_rank_layers import Splittable
 from tersenet.calibration.original import Original
 from tersenet.calibration.readers import Reader, find_readers
-from tersenet.calibration.sampling import Images, Targets, rows
+from tersenet.calibration.sampling import Targets, rows
 from tersenet.calibration.solver import Solver
 from tersenet.errors import GraphError
 from tersenet.graph.copies import copied

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
+from tersenet.calibration.images import Images
 from tersenet.calibration.resume import Resumed
-from tersenet.calibration.sampling import Images
 from tersenet.graph.labels import NDArrayBool
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.replay import over_kept
@@ -28,7 +30,8 @@ class Outputs:
 
     def restart(self) -> None:
         """Anything may have changed since."""
-        self._resumed = Resumed(self.graph, lambda: self._batches)
+        batches = self._batches  # not by way of `self`: what is kept would only go with the garbage collector
+        self._resumed = Resumed(self.graph, lambda: copy.deepcopy(batches))
 
     def advance(self, to: int, gone: NDArrayBool) -> None:
         """Nothing before operator `to` changes any more, or until `restart`."""
@@ -43,6 +46,8 @@ class Outputs:
 
     def _run(self, gone: NDArrayBool) -> list[Tensor]:
         actions = over_kept(self.graph, gone)
-        outputs = [tensors_in(self._resumed.run(n, batch, actions)) for n, batch in enumerate(self._batches)]
+        # Copies: a network may write into what it is given.
+        batches = map(copy.deepcopy, self._batches)
+        outputs = [tensors_in(self._resumed.run(n, batch, actions)) for n, batch in enumerate(batches)]
         floating = [[x.detach().double() for x in batch if x.is_floating_point()] for batch in outputs]
         return [torch.cat(parts) for parts in zip(*floating, strict=True)]

@@ -10,6 +10,7 @@ place before anything is kept there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -35,7 +36,7 @@ class Reached(Exception):
 class Resumed:
     """The network of `graph` on `batches` from the operator `at` on, which goes forward by `advance`.
 
-    `batches` gives the same ones every time.
+    `batches` gives the same ones every time, and copies of them: a network may write into what it is given.
     """
 
     def __init__(self, graph: ModelGraph, batches: Callable[[], Iterable[Batch]]) -> None:
@@ -61,7 +62,7 @@ class Resumed:
         cuts = self.graph.trace.cuts
         if to not in cuts:
             first = next(iter(self.batches()))
-            cuts[to] = self._same(to, tuple(_some(x) for x in first), actions)
+            cuts[to] = self._same(to, tuple(x[:2].clone() for x in first), actions)
         if not cuts[to]:
             self._possible = False
             return
@@ -71,14 +72,15 @@ class Resumed:
 
     def _same(self, to: int, batch: Batch, actions: Mapping[int, Action]) -> bool:
         """Whether the output is the same to the bit, with the run cut in two at `to`."""
-        trace = self.graph.trace
-        whole = tensors_in(replay(self.graph.model, trace, batch, dict(actions)))
-        alive = _Watch(self, batch, to, {}).alive(dict(actions))
-        parts = {**actions, **self._skipping(to, batch, alive)}
-        return all(
-            torch.equal(a.nan_to_num(), b.nan_to_num())
-            for a, b in zip(whole, tensors_in(replay(self.graph.model, trace, batch, parts)), strict=True)
-        )
+
+        def outputs(actions: Mapping[int, Action]) -> list[Tensor]:
+            # Of a copy: a network may write into what it is given.
+            return tensors_in(replay(self.graph.model, self.graph.trace, copy.deepcopy(batch), dict(actions)))
+
+        whole = outputs(actions)
+        alive = _Watch(self, copy.deepcopy(batch), to, {}).alive(dict(actions))
+        parts = outputs({**actions, **self._skipping(to, batch, alive)})
+        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(whole, parts, strict=True))
 
     def _alive(self, number: int, batch: Batch, to: int, actions: Mapping[int, Action]) -> Alive:
         kept: Alive = self._kept.get(str(number)) if self.at else {}
@@ -199,7 +201,3 @@ def type_of(func: Any) -> Any:
 
 def _stop(func: Any, args: Batch, kwargs: dict[str, Any]) -> Any:
     raise Reached
-
-
-def _some(value: Any) -> Any:
-    return value[:2]

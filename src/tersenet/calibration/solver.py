@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.calibration.choose import Choice, Selection, choose
+from tersenet.calibration.images import Images
 from tersenet.calibration.items import Counts, Item
 from tersenet.calibration.original import Original
 from tersenet.calibration.outputs import Outputs
 from tersenet.calibration.readers import Reader, units_read
 from tersenet.calibration.refit import plain_error, refit
 from tersenet.calibration.resume import Resumed
-from tersenet.calibration.sampling import Images, Statistics, Targets, rows, statistics
+from tersenet.calibration.sampling import Statistics, Targets, rows, statistics
 from tersenet.data.order import generator
 from tersenet.graph.compact import mask, silence
 from tersenet.graph.labels import IntArray, NDArrayBool

@@ -155,8 +155,10 @@ def _workload(found: Workload | None, data: str | None) -> str:
     where = f"test images of {data}" if data else "images of noise: give --data for activations that mean something"
     lines = [columns(head, rows), f"multiplications per image, counted on {found.images} {where}"]
     if any(row.kind != "dense" for row in found.rows):
-        fewer = [found.total("dense", only) / found.total("exact", only) for only in (True, False)]
-        lines.append(f"{fewer[0]:.2f} times fewer than dense in the sparse layers, {fewer[1]:.2f} in all")
+        # None at all: every activation, or every weight, is zero.
+        counts = [(found.total("dense", only), found.total("exact", only)) for only in (True, False)]
+        fewer = [f"{dense / exact:.2f}" if exact else "infinitely many" for dense, exact in counts]
+        lines.append(f"{fewer[0]} times fewer than dense in the sparse layers, {fewer[1]} in all")
     else:
         lines.append("no layer has a mask or its weight in the Winograd domain: see the method sparse_winograd")
     return "\n".join(lines)

@@ -119,7 +119,8 @@ def _as_near_as_itself(model: nn.Module, batch: tuple[Any, ...], found: list[Any
     near = tuple(x * (1 + _LAST_DIGITS) if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch)
     with torch.no_grad(), evaluating(model):
         moved = tensors_in(model(*near))
-    for output, reference, other in zip(found, wanted, moved, strict=True):
+    # In float64: integers, such as classes, have no norm.
+    for output, reference, other in zip(found, (x.double() for x in wanted), (x.double() for x in moved), strict=True):
         allowed = max(_QUANTIZED_TOLERANCE * float(reference.norm()), _TIMES * float((other - reference).norm()))
         if output.shape != reference.shape or not np.linalg.norm(output - reference.cpu().numpy()) <= allowed:
             return False

@@ -154,10 +154,14 @@ def _not_plain(name: str, module: nn.Conv2d) -> str | None:
         return "it is a Winograd or quantized layer already"
     if type(module) is not nn.Conv2d:
         return f"it is a {type(module).__name__}, which computes in a way of its own"
-    hooks = vars(module)["_forward_pre_hooks"] or vars(module)["_forward_hooks"]
-    if hooks:
+    if has_hooks(module):
         return "it has hooks, such as the older weight_norm's"
     return None if name else "it is the whole network"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a user's hooks run with a module: one in its place would lose them."""
+    return bool(vars(module)["_forward_pre_hooks"] or vars(module)["_forward_hooks"])
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections import Counter
 
 from torch import nn
 
+from tersenet.graph.convolutions import has_hooks
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.shrink import all_names
 from tersenet.graph.trace import refs_in
@@ -13,7 +14,8 @@ from tersenet.nn.batch_norm_fold import not_foldable
 
 
 def foldable(graph: ModelGraph) -> list[tuple[str, str]]:
-    """Plain convolutions and the plain batch norms that alone read them; each runs once, under its own weight."""
+    """Plain convolutions and the plain batch norms that alone read them; each runs once, under its own weight, and has
+    no hooks, which would see other tensors or be lost."""
     trace, names = graph.trace, all_names(graph.model)
     runs = Counter((op.place.module, op.name) for op in trace.ops)
     outputs = set(refs_in(trace.outputs))
@@ -25,6 +27,8 @@ def foldable(graph: ModelGraph) -> list[tuple[str, str]]:
         pair = op.place.module, readers[0].place.module
         conv, norm = (graph.model.get_submodule(name) for name in pair)
         if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not_foldable(conv, norm) is not None:
+            continue
+        if has_hooks(conv) or has_hooks(norm):
             continue
         tensors = [f"{pair[0]}.weight", f"{pair[1]}.running_mean"]
         once = runs[pair[0], "convolution"] == runs[pair[1], "native_batch_norm"] == 1

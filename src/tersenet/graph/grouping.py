@@ -19,7 +19,8 @@ from tersenet.graph.select import check_patterns, matches_any
 from tersenet.graph.shrink import all_names, axis_in
 from tersenet.graph.undo import structure_of
 from tersenet.graph.units import ChannelGroup
-from tersenet.ops.channel_order import Order, Side, Tie, inverse
+from tersenet.ops.assignment import inverse
+from tersenet.ops.channel_order import Order, Side, Tie
 from tersenet.ops.group_levels import relationship_matrix
 from tersenet.results import Equality
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from tersenet.graph.convolutions import has_hooks
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.shrink import all_names
 from tersenet.graph.trace import refs_in
@@ -12,6 +13,7 @@ from tersenet.nn.low_rank import not_mergeable
 
 def mergeable(graph: ModelGraph) -> list[tuple[str, str]]:
     """Pairs of plain convolutions, the second alone reading what the first makes, that one layer costs no more than.
+    Neither has hooks, which would see other tensors or be lost.
 
     In a row of more than two, those at its end are merged first, and each layer is in one pair.
     """
@@ -32,6 +34,8 @@ def mergeable(graph: ModelGraph) -> list[tuple[str, str]]:
         if readers[0].args[0] != op.result or not alone or taken & {*pair}:
             continue
         first, second = layers
+        if has_hooks(first) or has_hooks(second):
+            continue
         if type(first) is nn.Conv2d and type(second) is nn.Conv2d and not_mergeable(first, second) is None:
             found.append(pair)
             taken |= {*pair}

@@ -134,12 +134,7 @@ class ModelGraph:
         """
         edit.replay(self.model)
         self.record = self.record.model_copy(update={"edits": (*self.record.edits, edit)})
-        self.forget(self.record)
-
-    def forget(self, record: Record) -> None:
-        """What was traced before; from now on this is the record. For a network whose structure was put back."""
-        self.record = record
-        attach(self.model, record)
+        attach(self.model, self.record)
         for name in ("trace", "found", "_coupled", "units"):
             self.__dict__.pop(name, None)
 

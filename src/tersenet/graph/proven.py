@@ -9,7 +9,7 @@ from tersenet.graph.copies import copied
 from tersenet.graph.edits import Edit
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.proof import compare
-from tersenet.graph.undo import structure_of
+from tersenet.graph.undo import graph_state_of
 from tersenet.results import Equality
 
 
@@ -23,7 +23,7 @@ def apply_equal(graph: ModelGraph, edits: Sequence[Edit], done: str, tolerance: 
     Raises:
         GraphError: an edit that does not fit, or a network that gives something else. It is then as it was.
     """
-    whole, restore, record = copied(graph.model), structure_of(graph.model), graph.record
+    whole, undo = copied(graph.model), graph_state_of(graph)
     try:
         for edit in edits:
             graph.apply(edit)
@@ -35,7 +35,6 @@ def apply_equal(graph: ModelGraph, edits: Sequence[Edit], done: str, tolerance: 
                 f"{equality.tolerance:.0e}); nothing was {done}"
             )
     except BaseException:
-        restore()
-        graph.forget(record)
+        undo()
         raise
     return equality

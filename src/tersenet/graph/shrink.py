@@ -90,6 +90,12 @@ def all_names(model: nn.Module) -> dict[str, list[str]]:
     return {names[0]: names for names in lookup.names_of_tensors(model).values()}
 
 
+def shares_weight(model: nn.Module, layer: str) -> bool:
+    """Whether another layer has the very weight of this one."""
+    names = next((names for names in all_names(model).values() if f"{layer}.weight" in names), [])
+    return len({name.rpartition(".")[0] for name in names}) > 1
+
+
 def _scaled(old: Any, keep: int, left: int) -> Any:
     if isinstance(old, (tuple, list)) and old and all(isinstance(v, int) for v in old):
         return (*old[:-1], old[-1] * keep // left)

@@ -16,6 +16,7 @@ from tersenet.graph.edits_sparse import Sparsify, WinogradDomain
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.relu_pairs import check_moved, movable_relus
 from tersenet.graph.select import check_patterns, matches_any
+from tersenet.graph.shrink import shares_weight
 from tersenet.graph.trace import evaluating
 from tersenet.nn.masked import MaskedConv2d, MaskedWeight
 from tersenet.nn.winograd_quantizer import directly
@@ -113,7 +114,7 @@ def sparse_plan(
     plan.left = {name: why for name, why in left.items() if name not in before}
     chosen: dict[str, Convolution] = {}
     for conv in found:
-        reason = _LEFT_OUT if conv.name not in wanted else _hindrance(conv, mode)
+        reason = _LEFT_OUT if conv.name not in wanted else _hindrance(graph, conv, mode)
         if reason is None:
             chosen[conv.name] = conv
         else:
@@ -134,12 +135,14 @@ def sparse_plan(
     return plan
 
 
-def _hindrance(conv: Convolution, mode: Mode) -> str | None:
+def _hindrance(graph: ModelGraph, conv: Convolution, mode: Mode) -> str | None:
     reason = hindrance(conv.module)
     if reason is None and conv.module.kernel_size != (3, 3):
         reason = f"its kernel is {'x'.join(map(str, conv.module.kernel_size))}"
     if reason is None and mode != "spatial" and min(conv.sides) < 2:
         reason = f"its map is {conv.outputs[2]}x{conv.outputs[3]}: no tile fits"
+    if reason is None and mode == "spatial" and shares_weight(graph.model, conv.name):
+        reason = "it shares its weight with another layer, which the mask would not know of"
     return reason
 
 

@@ -1,14 +1,18 @@
-"""A network put back as it was: so that it can be run, and a change can be tried on it, without a copy."""
+"""A network, or its graph, put back as it was: so that a change can be tried on it without a copy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from tersenet.graph.lookup import named_modules
+
+if TYPE_CHECKING:
+    from tersenet.graph.model import ModelGraph
 
 _TABLES = frozenset(["_parameters", "_buffers", "_modules"])
 # Hooks and the like: torch's own, and many.
@@ -36,6 +40,32 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
                 _put_back(held, before)
 
     return restore
+
+
+def graph_state_of(graph: ModelGraph) -> Callable[[], None]:
+    """The same for the network of a graph, and for what the graph knows of it: its record, and what was traced."""
+    restore, known = structure_of(graph.model), dict(graph.__dict__)
+
+    def put_back() -> None:
+        restore()
+        graph.__dict__.clear()
+        graph.__dict__.update(known)
+
+    return put_back
+
+
+def everything_of(graph: ModelGraph) -> Callable[[], None]:
+    """The same with the numbers in all parameters and buffers, of which it keeps copies."""
+    put_back = graph_state_of(graph)
+    values = [(t, t.detach().clone()) for t in [*graph.model.parameters(), *graph.model.buffers()]]
+
+    def undo() -> None:
+        put_back()
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+
+    return undo
 
 
 def _put_back(held: Any, before: Any) -> None:

@@ -6,6 +6,7 @@ another machine, such as a phone's, can be written by hand or by a program, and 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -127,7 +128,9 @@ def _cached(conv: nn.Conv2d, shape: Shape, tile: Tile, bits: int | None, batch: 
     from tersenet.kernels import cache
 
     versions = (torch.__version__, installed("tersenet"), installed("onnxruntime"))
-    key = repr((processor(), versions, shape, tile, bits, batch, torch.get_num_threads(), conv.padding)).encode()
+    # Padding by other values than zeros takes other kernels.
+    padding = conv.padding if conv.padding_mode == "zeros" else (conv.padding, conv.padding_mode)
+    key = repr((processor(), versions, shape, tile, bits, batch, torch.get_num_threads(), padding)).encode()
     name = f"layer-{hashlib.sha256(key).hexdigest()[:24]}"
     kept = cache.read(name, key)
     if kept is not None:
@@ -158,8 +161,8 @@ def _measured(conv: nn.Conv2d, shape: Shape, tile: Tile, bits: int | None, batch
         choice = f"F{tile}"
         if layer.fits(choice) and compiled([(layer, choice)]) is None:
             return times_of(layer, size, (choice,))[choice], f"{choice} float"
-    module = conv if tile == "direct" else _winograd(conv, int(tile))
-    return _median(module, torch.zeros(size)), "torch float"
+    own = copy.deepcopy(conv).cpu().float()
+    return _median(own if tile == "direct" else _winograd(own, int(tile)), torch.zeros(size)), "torch float"
 
 
 def _winograd(conv: nn.Conv2d, tile: int) -> nn.Module:
@@ -178,6 +181,16 @@ def _input_size(conv: nn.Conv2d, shape: Shape) -> tuple[int, int]:
     if isinstance(conv.padding, str):
         return shape.map if conv.padding == "same" else (rows, columns)
     return max(1, rows - 2 * int(conv.padding[0])), max(1, columns - 2 * int(conv.padding[1]))
+
+
+def _pads(conv: nn.Conv2d) -> list[int]:
+    """Zeros above, left of, below and right of the map, as ONNX has them."""
+    if not isinstance(conv.padding, str):
+        return [int(conv.padding[0]), int(conv.padding[1])] * 2
+    if conv.padding == "valid":
+        return [0] * 4
+    around = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return [*(size // 2 for size in around), *(size - size // 2 for size in around)]
 
 
 def _clock() -> int:
@@ -204,7 +217,6 @@ def _int8(conv: nn.Conv2d, shape: Shape, batch: int, rounds: int = 15) -> float 
         return None
     h, w = _input_size(conv, shape)
     size = [batch, conv.in_channels, h, w]
-    pads = [0] * 4 if isinstance(conv.padding, str) else [int(conv.padding[0]), int(conv.padding[1])] * 2
     kinds, helper = onnx.TensorProto, onnx.helper
     weights = torch.randint(-127, 128, conv.weight.shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
     constants = [
@@ -214,7 +226,7 @@ def _int8(conv: nn.Conv2d, shape: Shape, batch: int, rounds: int = 15) -> float 
     ]
     names = ["x", "scale", "zero", "w", "scale", "zero", "scale", "zero"]
     node = helper.make_node(
-        "QLinearConv", names, ["y"], strides=list(shape.stride), dilations=list(shape.dilation), pads=pads,
+        "QLinearConv", names, ["y"], strides=list(shape.stride), dilations=list(shape.dilation), pads=_pads(conv),
         group=shape.groups,
     )  # fmt: skip
     given = helper.make_tensor_value_info("x", kinds.INT8, size)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersenet.errors import TersenetError
 from tersenet.measuring.macs import layer_table
 from tersenet.measuring.meta import call
 from tersenet.nn.masked import MaskedConv2d, MaskedWeight
@@ -81,7 +82,7 @@ class _Count:
 def workload(model: nn.Module, batches: Iterable[tuple[Any, Any]], images: int) -> Workload:
     """The workload on the first `images` of batches of (inputs, targets). The network is not changed.
 
-    Raises: TersenetError as `layer_table`.
+    Raises: TersenetError as `layer_table`, and for batches of named inputs.
     """
     counts: dict[str, _Count] = {}
     handles: list[Any] = []
@@ -95,6 +96,8 @@ def workload(model: nn.Module, batches: Iterable[tuple[Any, Any]], images: int) 
     try:
         model.eval()
         for inputs, _ in batches:
+            if isinstance(inputs, dict):
+                raise TersenetError("the workload is counted on one tensor or several in order, not on a dict")
             some = [x[: images - seen].to(device) for x in (inputs if isinstance(inputs, (tuple, list)) else [inputs])]
             call(model, tuple(some))
             example = example or tuple(x[:1] for x in some)

@@ -17,8 +17,6 @@ from tersenet.methods.base import Context, Method
 from tersenet.recipe_target import Target, TargetText
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tersenet.calibration.items import Costs, Counts, Items
     from tersenet.graph.budget import Rounding
     from tersenet.graph.model import Kept, ModelGraph
@@ -65,6 +63,8 @@ class ChannelPruning(Method):
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
         """Leaves the network as it was if anything fails."""
+        from tersenet.graph.undo import everything_of
+
         graph = graph.with_residual("coupled")
         items = self._items(graph)
         fixed = self._fixed(items, context)
@@ -74,7 +74,7 @@ class ChannelPruning(Method):
         loader = context.data.train if context.data is not None else None
         if loader is None:
             raise TersenetError("channel_pruning calibrates on training images: give some, such as --data digits")
-        undo, notes, fits = _undo(graph), len(context.notes), len(context.fits)
+        undo, notes, fits = everything_of(graph), len(context.notes), len(context.fits)
         try:
             self._carry_out(graph, context, items, fixed)
         except BaseException:
@@ -104,8 +104,8 @@ class ChannelPruning(Method):
 
     def _carry_out(self, graph: ModelGraph, context: Context, items: Items, fixed: Counts) -> None:
         from tersenet.calibration.curves import measured_curves
+        from tersenet.calibration.images import Images
         from tersenet.calibration.original import Original
-        from tersenet.calibration.sampling import Images
         from tersenet.calibration.solver import Solver
         from tersenet.graph.replay import over_kept
 
@@ -194,23 +194,3 @@ class ChannelPruning(Method):
         }
         groups = {item.group.name: kept[item.name] for item in items.all if item.group and item.name in kept}
         context.equality = cut(graph, groups, sampled)
-
-
-def _undo(graph: ModelGraph) -> Callable[[], None]:
-    """A function that puts back everything that a step changes: numbers, structure, and what the graph knows."""
-    import torch
-
-    from tersenet.graph.undo import structure_of
-
-    restore, known = structure_of(graph.model), dict(graph.__dict__)
-    values = [(t, t.detach().clone()) for t in [*graph.model.parameters(), *graph.model.buffers()]]
-
-    def undo() -> None:
-        restore()
-        graph.__dict__.clear()
-        graph.__dict__.update(known)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-
-    return undo

@@ -49,30 +49,21 @@ class LowRank(Method):
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
         """Restores the network if anything fails."""
-        import torch
-
-        from tersenet.graph.undo import structure_of
+        from tersenet.graph.undo import everything_of
 
         graph = graph.with_residual("coupled")
         found, given, notes = self._asked(graph, context)
-        if not self._something(found, given, context):
+        if not _something(found, given):
             context.notes += [*notes, *found.notes(), "nothing to split"]
             return
         if context.data is None or context.data.train is None:
             raise TersenetError(f"{self.method} calibrates on training images: give some, such as --data digits")
-        values = [*graph.model.parameters(), *graph.model.buffers()]
-        before = [t.detach().clone() for t in values]
-        restore, record, noted = structure_of(graph.model), graph.record, len(context.notes)
-        fitted = len(context.fits)
+        undo, noted, fitted = everything_of(graph), len(context.notes), len(context.fits)
         try:
             self._carry_out(graph, context, found, given)
         except BaseException:
             del context.notes[noted:], context.fits[fitted:]
-            restore()
-            graph.forget(record)
-            with torch.no_grad():
-                for tensor, value in zip(values, before, strict=True):
-                    tensor.copy_(value)
+            undo()
             raise
         context.notes += [*notes, *found.notes()]
 
@@ -116,9 +107,6 @@ class LowRank(Method):
         self._uniform(graph, found, given, context)  # out of reach is said before anything is measured
         return found, given, notes
 
-    def _something(self, found: Candidates, given: Counts, context: Context) -> bool:
-        return any(given.get(layer.name, 0) < layer.size for layer in found.chosen)
-
     def _uniform(self, graph: ModelGraph, found: Candidates, given: Counts, context: Context) -> Counts:
         from tersenet.calibration.allocation import uniform_within
         from tersenet.calibration.low_rank_layers import RankCosts
@@ -135,10 +123,10 @@ class LowRank(Method):
 
     def _carry_out(self, graph: ModelGraph, context: Context, found: Candidates, given: Counts) -> None:
         from tersenet.calibration.allocation import allocate
+        from tersenet.calibration.images import Images
         from tersenet.calibration.low_rank_layers import RankCosts
         from tersenet.calibration.low_rank_solver import Splitter
         from tersenet.calibration.original import Original
-        from tersenet.calibration.sampling import Images
         from tersenet.graph.budget import Rounding
 
         assert context.data is not None
@@ -163,3 +151,8 @@ class LowRank(Method):
         )
         context.notes += splitter.notes
         context.fits += splitter.fits
+
+
+def _something(found: Candidates, given: Counts) -> bool:
+    """Whether any layer is to be split; where no rank is given, a target decides."""
+    return any(given.get(layer.name, 0) < layer.size for layer in found.chosen)

@@ -14,8 +14,8 @@ import torch
 
 from tersenet.calibration.allocation import Costs, allocate
 from tersenet.calibration.curves import measured_curves
+from tersenet.calibration.images import Images
 from tersenet.calibration.items import Counts, Item
-from tersenet.calibration.sampling import Images
 from tersenet.calibration.solver import Solver
 from tersenet.data.bundle import Data, Loader
 from tersenet.errors import TersenetError

@@ -41,8 +41,8 @@ class Folder:
         Raises:
             TersenetError: a full disk, or a folder that can't be written.
         """
-        self.known[layer, rate] = accuracy
         self._lines.add(Row(layer=layer, rate=rate, accuracy=accuracy))
+        self.known[layer, rate] = accuracy
 
     def write(self, name: str, text: str) -> None:
         self._lines.write(name, text)

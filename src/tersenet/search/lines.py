@@ -55,15 +55,14 @@ class Lines(Generic[Row]):
         Raises:
             TersenetError: a full disk, or a folder that can't be written.
         """
+        if self.path is not None:
+            lines = self.path / self.names.lines
+            try:
+                with lines.open("a", encoding="utf-8") as file:
+                    file.write(row.model_dump_json() + "\n")
+            except OSError as error:
+                raise atomic.unwritten(lines, error) from error
         self.rows.append(row)
-        if self.path is None:
-            return
-        lines = self.path / self.names.lines
-        try:
-            with lines.open("a", encoding="utf-8") as file:
-                file.write(row.model_dump_json() + "\n")
-        except OSError as error:
-            raise atomic.unwritten(lines, error) from error
 
     def write(self, name: str, text: str) -> None:
         if self.path is not None:
