@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-from tersenet.ops.channel_order import (
-    Order,
-    Problem,
-    Tie,
-    improved,
-    improved_all,
-    inverse,
-)
+from tersenet.ops.assignment import assigned, cost_of, inverse
+from tersenet.ops.channel_order import Order, Problem, Tie, improved, improved_all
 from tersenet.ops.group_levels import (
     allowed_levels,
     block_costs,
+    block_sums,
     cost_matrix,
     finest_level,
     group_counts,
@@ -168,11 +164,48 @@ def test_fact_05_another_solver_finds_no_better() -> None:
     assert found == pytest.approx(problem.cost(Order(np.asarray(other), columns)), abs=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([(1, 3), (2, 2), (3, 4), (6, 2), (8, 4), (12, 1), (16, 2), (16, 1)]), st.integers(0, 10**6))
+def test_fact_05_places_of_one_block(size: tuple[int, int], seed: int) -> None:
+    """Against the same solver with a column for every place, and no prices."""
+    blocks, width = size
+    random = np.random.default_rng(seed)
+    # Whole numbers: many orders are equally good.
+    costs = random.integers(0, 5, (blocks * width, blocks)) + (seed % 2) * random.random((1, blocks))
+    order, found = assigned(costs)
+    assert np.array_equal(np.sort(order), np.arange(blocks * width))
+    assert found == pytest.approx(cost_of(costs, order), abs=1e-12)
+    each = np.repeat(costs, width, axis=1)
+    assert found == pytest.approx(float(each[linear_sum_assignment(each)].sum()), abs=1e-9)
+
+
+def test_what_is_settled_is_not_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[int] = []
+
+    def counted(costs: Any) -> Any:
+        solved.append(len(costs))
+        return assigned(costs)
+
+    monkeypatch.setattr("tersenet.ops.channel_order.assigned", counted)
+    problem = problem_of(random_norms(16, 24))
+    order = improved(problem, rounds=100)
+    # The last one, which gained nothing, was of the side that had not changed last.
+    assert solved == [16, 24] * (len(solved) // 2) + [16] * (len(solved) % 2)
+    assert 3 <= len(solved) < 200
+    solved.clear()
+    improved(problem_of(problem.S, order), rounds=100)
+    assert solved == [16, 24]
+    solved.clear()
+    improved(problem, rounds=1)
+    assert solved == [16, 24]
+
+
 @pytest.mark.parametrize("size", [(8, 8), (12, 18), (16, 64), (64, 16), (9, 9)])
 def test_block_costs_are_a_product_with_the_cost_matrix(size: tuple[int, int]) -> None:
     S, counts = random_norms(*size), group_counts(*size, any_divisor=True)
     whole = S @ cost_matrix(*size, counts, 0.5).T
-    blocks = block_costs(S, counts, 0.5)
+    columns = np.random.default_rng(1).permutation(size[1])
+    blocks = block_costs(block_sums(S[:, np.argsort(columns)], columns, counts[-1]), counts, 0.5)
     np.testing.assert_allclose(np.repeat(blocks, size[0] // counts[-1], axis=1), whole, atol=1e-12)
 
 

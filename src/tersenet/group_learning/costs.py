@@ -60,9 +60,14 @@ def costs_in(
     allowed: Mapping[str, int],
     batch: int,
 ) -> Costs:
-    """Args:
-    counts, allowed: the layers' nested numbers of groups, and how many of them they may have.
-    batch: images at a time, where time is measured.
+    """The cost of every layer at every number of groups that it may have.
+
+    Args:
+        counts, allowed: the layers' nested numbers of groups, and how many of them they may have.
+        batch: images at a time, where time is measured.
+
+    Raises:
+        TersenetError: a layer whose time can't be measured.
     """
     numbers = {name: counts[name][: allowed[name]] for name in layers}
     if unit == "measured time":

@@ -54,6 +54,7 @@ class GroupLearning(Hooks):
         self.goal = self._goal(context)
         self.maps: list[GroupMap] = []
         self._map_times = times(len(self.layers), settings.fit.epochs)
+        # Of the present orders and levels: both change only right after `learn_orders`, which empties it.
         self._push: dict[str, Tensor] = {}
 
     def before_training(self, state: TrainState) -> None:
@@ -107,6 +108,7 @@ class GroupLearning(Hooks):
         return self._push[name]
 
     def norms(self, model: nn.Module) -> dict[str, Matrix]:
+        """Layer -> the norms of its kernels, in the network's own order."""
         return {name: kernel_norms(model.get_parameter(layer.weight)) for name, layer in self.layers.items()}
 
     def learn_orders(self, model: nn.Module, rounds: int, restarts: int = 0) -> dict[str, Matrix]:
@@ -124,7 +126,7 @@ class GroupLearning(Hooks):
         return {name: kept_norms(self.orders[name].of(S), self.counts[name]) for name, S in norms.items()}
 
     def levels_at(self, threshold: float, kept: dict[str, Matrix]) -> dict[str, int]:
-        self._push.clear()
+        """The finest level of every layer that leaves at most `threshold` of its norm outside the groups."""
         return {name: finest_level(kept[name], threshold, self.allowed[name]) for name in self.layers}
 
     def macs(self, groupings: dict[str, Grouping]) -> int:
@@ -198,24 +200,23 @@ class GroupLearning(Hooks):
         Raises:
             TersenetError: neither a sparsity nor a target, or one that the finest groups don't reach.
         """
-        target, goal = context.target, self.settings.sparsity
-        if target is not None:
+        settings, target = self.settings, context.target
+        if settings.latency is not None:
+            goal, wish = 1 - settings.latency, f"latency {settings.latency:g}"
+        elif target is not None:
             by_macs = target.kind == "macs"
             now = self.graph.macs() if by_macs else self.graph.params()
             limit = target.limit(context.original_macs if by_macs else context.original_params)
-            goal = max(0.0, (now - limit) / self.costs.whole)
-        if self.settings.latency is not None:
-            goal = 1 - self.settings.latency
-        if goal is None:
+            goal, wish = max(0.0, (now - limit) / self.costs.whole), f"the {target.kind} target"
+        elif settings.sparsity is not None:
+            goal, wish = settings.sparsity, f"sparsity {settings.sparsity:g}"
+        else:
             raise TersenetError(
                 "structured_sparsification needs a sparsity (share of the convolutions' weights removed), a latency or "
                 "a target (macs=50%)"
             )
         reached = self.costs.saved(self.allowed)
         if goal > reached + 1e-12:
-            wish = f"the {target.kind} target" if target is not None else f"sparsity {goal:g}"
-            if self.settings.latency is not None:
-                wish = f"latency {self.settings.latency:g}"
             raise TersenetError(
                 f"{wish} can't be met: it asks for {goal:.2%} of the groupable convolutions' {self.costs.unit}, and "
                 f"their finest groups save {reached:.2%}. Include more layers, lower min_group_width, raise "

@@ -21,9 +21,13 @@ def times(layers: int, epochs: int) -> frozenset[int]:
 
 
 def group_map(name: str, epoch: int, S: Matrix, groups: int, inside: float) -> GroupMap:
-    """Args:
-    S: (C_out, C_in) kernel norms, in order.
-    inside: the norm that lies in the groups.
+    """What the report shows of one layer at one time.
+
+    Args:
+        epoch: after how many epochs.
+        S: (C_out, C_in) kernel norms, in the learned order.
+        groups: how many blocks are drawn around them.
+        inside: the norm that lies in these blocks.
     """
     whole = float(S.sum())
     return GroupMap(

@@ -119,9 +119,12 @@ def _nhwc(x: Tensor, axis: int) -> bool:
 
 def select_channels(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """`index_select` that keeps NHWC memory order: the next convolution would pay for turning it back."""
-    if _nhwc(x, axis):
-        return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
-    return x.index_select(axis, index)
+    if not _nhwc(x, axis):
+        return x.index_select(axis, index)
+    # Ten and more times faster on a matrix than along the last of four axes.
+    N, C, H, W = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, C).index_select(1, index)
+    return pixels.view(N, H, W, len(index)).permute(0, 3, 1, 2)
 
 
 def _place(y: Tensor, axis: int, index: Tensor, constant: Tensor) -> Tensor:

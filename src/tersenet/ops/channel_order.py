@@ -11,20 +11,21 @@ Source: Zhang et al., arXiv 2002.08127, section 3.2 (an optimal transport with u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from itertools import cycle, islice
 from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
-from tersenet.ops.group_levels import Matrix, block_costs, cost_matrix
+from tersenet.ops.assignment import IntArray, assigned, cost_of, inverse
+from tersenet.ops.group_levels import Matrix, block_costs, block_sums, cost_matrix
 
-IntArray = NDArray[np.int64]
 Side = Literal["rows", "columns"]
+_OTHER: dict[Side, Side] = {"rows": "columns", "columns": "rows"}
 Tie = tuple[tuple[str, Side], ...]
 """Sides of layers, of equal length, that have one order."""
 _T = TypeVar("_T", bound=np.generic)
@@ -68,31 +69,16 @@ class Problem:
 
     def best_rows(self, columns: IntArray) -> tuple[IntArray, float]:
         """The rows' best order for fixed columns, and its cost."""
-        return _assigned(self.costs("rows", Order(self.start.rows, columns)))
+        return assigned(self.costs(self.S, columns))
 
     def best_columns(self, rows: IntArray) -> tuple[IntArray, float]:
         """The columns' best order for fixed rows, and its cost."""
-        return _assigned(self.costs("columns", Order(rows, self.start.columns)))
+        return assigned(self.costs(self.S.T, rows))
 
-    def costs(self, side: Side, order: Order) -> Matrix:
-        """(channels, places) of this side: what every channel costs at every place, with the other side in `order`."""
-        norms = self.S[:, order.columns] if side == "rows" else self.S[order.rows].T
-        blocks = block_costs(norms, self.counts, self.decay)
-        # Places of one block cost the same.
-        return np.repeat(blocks, len(blocks) // blocks.shape[1], axis=1)
-
-
-def _assigned(costs: Matrix) -> tuple[IntArray, float]:
-    """The channel at each place, and what that costs. The solver, which takes row after row, is some ten times faster
-    with channels in its rows than with places."""
-    channels, places = linear_sum_assignment(costs)
-    return inverse(np.asarray(places, dtype=np.int64)), float(costs[channels, places].sum())
-
-
-def inverse(permutation: IntArray) -> IntArray:
-    found = np.empty_like(permutation)
-    found[permutation] = np.arange(len(permutation))
-    return found
+    def costs(self, norms: Matrix, order: IntArray) -> Matrix:
+        """(channels, blocks): what every row of `norms` costs in each of the finest blocks, with the other side's
+        channels in this order. `norms` is S for its rows, and S.T for its columns."""
+        return block_costs(block_sums(norms, order, self.counts[-1]), self.counts, self.decay)
 
 
 def improved(problem: Problem, rounds: int) -> Order:
@@ -140,20 +126,38 @@ def _improved_together(problems: Mapping[str, Problem], ties: Sequence[Tie], rou
     """Alternations over all sides of some layers, of which tied ones change as one."""
     orders = {name: problem.start for name, problem in problems.items()}
     sides = _sides([name for name, problem in problems.items() if len(problem.counts) > 1], ties)
-    for _ in range(rounds):
-        gained = False
-        for tie in sides:
-            costs = reduce(np.add, (problems[name].costs(side, orders[name]) for name, side in tie))
-            now: IntArray = getattr(orders[tie[0][0]], tie[0][1])
-            before = float(costs[now, np.arange(len(now))].sum())
-            new, after = _assigned(costs)
-            if after < before - _GAIN * abs(before):
-                gained = True
-                for name, side in tie:
-                    orders[name] = replace(orders[name], **{side: new})
-        if not gained:
+    # The columns' norms turned round once: what is read along a row lies together.
+    norms = {
+        (name, side): problems[name].S if side == "rows" else np.ascontiguousarray(problems[name].S.T)
+        for tie in sides
+        for name, side in tie
+    }
+    # A side that has just changed is at its best: when all others are too, that is the end.
+    settled = -1
+    for tie in islice(cycle(sides), rounds * len(sides)):
+        costs = _summed(
+            problems[name].costs(norms[name, side], getattr(orders[name], _OTHER[side])) for name, side in tie
+        )
+        before = cost_of(costs, getattr(orders[tie[0][0]], tie[0][1]))
+        new, after = assigned(costs)
+        settled += 1
+        if after < before - _GAIN * abs(before):
+            settled = 0
+            for name, side in tie:
+                orders[name] = replace(orders[name], **{side: new})
+        if settled == len(sides) - 1:
             break
     return orders
+
+
+def _summed(costs: Iterable[Matrix]) -> Matrix:
+    """(channels, blocks): the sum of several layers' costs, whose blocks may differ in width."""
+    first, *others = costs
+    if not others:
+        return first
+    blocks = math.lcm(first.shape[1], *(other.shape[1] for other in others))
+    each = (np.repeat(table, blocks // table.shape[1], axis=1) for table in (first, *others))
+    return np.sum(list(each), axis=0)
 
 
 def _sides(names: Sequence[str], ties: Sequence[Tie]) -> list[Tie]:

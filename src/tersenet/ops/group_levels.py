@@ -65,23 +65,28 @@ def cost_matrix(C_out: int, C_in: int, counts: tuple[int, ...], decay: float, de
     return cost
 
 
-def block_costs(S: Matrix, counts: tuple[int, ...], decay: float) -> Matrix:
-    """(n, finest): what the kernels of every row of S (n, m) cost if it comes to each of the finest blocks.
+def block_sums(S: Matrix, columns: NDArray[np.int64], blocks: int) -> Matrix:
+    """(n, blocks): the sum of every row of S (n, m) over each of `blocks` equal blocks of its columns in this order."""
+    ordered = np.take(S, columns, axis=1)
+    width = S.shape[1] // blocks
+    # A product sums short pieces some times faster than `sum` does.
+    return ordered if width == 1 else (ordered.reshape(-1, width) @ np.ones(width)).reshape(-1, blocks)
 
-    Column b * width of `S @ cost_matrix(n, m, ...).T` is column b of this: places inside a finest block cost the same,
-    and only sums over blocks count.
+
+def block_costs(sums: Matrix, counts: tuple[int, ...], decay: float) -> Matrix:
+    """(n, finest): what kernels that have these sums (n, finest) over the finest blocks cost in each of those blocks.
+
+    It is `S @ cost_matrix(n, m, ...).T` for the S (n, m) of the sums, with one column for each block, for much less: a
+    level in the middle cuts the cost matrix into equal blocks, and outside of them it is constant all over a block.
     """
-    # From fine to coarse the sums over blocks, then back what every level adds: each level costs what its blocks do.
-    sums = [S]
-    for n in reversed(counts):
-        width = sums[0].shape[1] // n
-        sums.insert(0, sum((sums[0][:, i::width] for i in range(1, width)), sums[0][:, ::width]))
-    cost = np.zeros((len(S), 1))
-    for k, inside in enumerate(sums[: len(counts)]):
-        outer = decay**k if k < len(counts) - 1 else 0.0
-        inner = decay ** (k - 1) if k else 0.0
-        cost = np.repeat(cost, inside.shape[1] // cost.shape[1], axis=1) + (outer - inner) * inside
-    return cost
+    finest, coarse = counts[-1], counts[len(counts) // 2]
+    inner = finest // coarse
+    cost = cost_matrix(finest, finest, counts, decay)
+    inside = sums.reshape(-1, inner)
+    found = (inside @ cost[:inner, :inner]).reshape(-1, coarse, inner)
+    outside = (inside @ np.ones(inner)).reshape(-1, coarse) @ cost[::inner, ::inner]
+    found += outside[:, :, None]
+    return found.reshape(-1, finest)
 
 
 def kept_norms(S: Matrix, counts: tuple[int, ...]) -> Matrix:

@@ -10,7 +10,13 @@ from typing import Any
 Point = tuple[float, float]
 
 _NOT_CURVES = ("epoch", "step", "seconds")
-_TITLES = {"lr": "Learning rate", "rate": "Pruning rate", "churn": "Mask churn"}
+_TITLES = {
+    "lr": "Learning rate",
+    "rate": "Pruning rate",
+    "churn": "Mask churn",
+    "saved": "Saved by groups",
+    "strength": "Coefficient of the regulariser",
+}
 _SHARED = {"loss": "Loss", "top1": "Top-1", "top5": "Top-5"}
 
 
