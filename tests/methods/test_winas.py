@@ -6,6 +6,10 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +291,41 @@ def test_the_command(tmp_path: Path) -> None:
     assert out.exit_code == 0, out.output
     assert json.loads(out.stdout)["rows"]
     assert LatencyTable.load(tmp_path / "t.json").batch == 1
+
+
+@pytest.mark.slow
+def test_all_ranks_choose_and_train_alike(tmp_path: Path) -> None:
+    """Each has other images, and a latency table of its own, as measuring gives."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    script = Path(__file__).with_name("winograd_on_a_rank.py")
+    done = subprocess.run(
+        [sys.executable, *command, "--master-port", port, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert set(first) == {"winas", "winograd_knapsack", "winograd_aware"}
+    # F4 is fast in the first rank's table, F2 in the other's.
+    assert 4 in first["winograd_knapsack"]["layers"].values()
+    assert first["winograd_aware"]["layers"] == {"a": 4, "b": 4}
+
+
+def test_transforms_are_trained_once_it_is_chosen(tmp_path: Path) -> None:
+    """A search would train transforms of layers that are then made anew."""
+    method = Winas(fit=Fit(**FIT), latency=table(tmp_path / "t.json", F4=0.1), flex="full", tiles=(4,))
+    model, done = net(), context()
+    graph = graph_of(model)
+    hooks: Any = method.hooks(graph, done)
+    searched = {name for name, _ in model.named_parameters()}
+    assert not any("transforms" in name for name in searched)
+    method.finish(graph, done, hooks)
+    trained = {name for name, _ in model.named_parameters()}
+    assert {f"{layer}.transforms.at" for layer in ("a", "b")} <= trained

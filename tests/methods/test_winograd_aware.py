@@ -158,6 +158,7 @@ def test_automatic_tiles_have_the_fewest_products() -> None:
 @pytest.mark.parametrize(("tile", "tolerance"), [(2, 1e-5), (4, 1e-4), (6, 1e-4)])
 @pytest.mark.parametrize("flex", ["static", "full", "diagonal", "points"])
 def test_in_floating_point_the_output_is_the_original_network_s(tile: int, tolerance: float, flex: str) -> None:
+    """W10: adaptation starts from what was trained, and says what is fresh."""
     original = net()
     expected, weights = original(IMAGES), dict(original.named_parameters())
     graph, context = swapped(original, tile=tile, bits=None, flex=flex, exclude=(), strided=True)
@@ -171,6 +172,7 @@ def test_in_floating_point_the_output_is_the_original_network_s(tile: int, toler
 
 
 def test_the_paper_s_network_has_the_published_counts() -> None:
+    """W9: 16 layers, parameters, trainable ones, F6's last stage."""
     images = torch.zeros(1, 3, 32, 32)
 
     model = build("winograd_resnet18", width=32).eval()
@@ -192,6 +194,7 @@ def test_the_paper_s_network_has_the_published_counts() -> None:
 
 
 def test_the_first_layer_and_the_linear_one_carry_no_quantizer() -> None:
+    """W9."""
     graph, _ = swapped(net(), quantizers="reference")
     quantized = {name.partition(".quantizers")[0] for name in graph.model.state_dict() if name.endswith(".range")}
     assert {name.partition(".transforms")[0] for name in quantized} == set(edits(graph))
@@ -578,6 +581,7 @@ def test_transforms_and_scales_have_no_weight_decay_and_a_rate_of_their_own() ->
 
 
 def test_the_learning_rate_falls_at_any_number_of_epochs() -> None:
+    """W13. That every test image counts is in tests/train/test_evaluate.py."""
     for epochs in (5, 7, 12):
         fitting = Fit(epochs=epochs, schedule="step", milestones=(epochs * 3 // 5, epochs * 4 // 5), lr=1.0)
         rates = [lr_at(fitting, epoch, 0, 1) for epoch in range(epochs)]
@@ -604,6 +608,7 @@ class StoppedTraining(WinogradTraining):
 
 @pytest.mark.parametrize("scale", ["range", "learned"])
 def test_an_interrupted_adaptation_goes_on_bit_exactly(scale: Any, tmp_path: Path) -> None:
+    """W10: optimizer, learning rate, transforms, scales and observers."""
     settings = Fit(epochs=3, lr=0.02, ema=0.9, schedule="cosine")
     method = WinogradAware(fit=settings, flex="full", scale=scale, transforms_lr=0.5)
 
@@ -660,7 +665,21 @@ def test_a_dry_run_reads_no_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_whole_network_is_one_graph() -> None:
+    """W14: compiled without a break, and exported."""
+    torch.compiler.reset()
+    graph, _ = swapped(net(), flex="full")
+    with torch.no_grad():
+        expected = graph.model(IMAGES)
+        compiled = torch.compile(graph.model, fullgraph=True, backend="aot_eager")(IMAGES)
+        exported = torch.export.export(graph.model, (IMAGES,)).module()(IMAGES)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exported, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_onnx_computes_the_same(tmp_path: Path) -> None:
+    """W14."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1)).eval()

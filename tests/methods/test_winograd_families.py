@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import tersenet as tn
+from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d
 from zoo_support import needs
 
 pytestmark = [pytest.mark.slow, needs("timm", "torchvision")]
-# Five families: residual, dense, inverted residuals, plain, and large kernels; a large one of each is no other case.
+# Winograd layers of each: five families have some; those of depthwise convolutions have none, and are quantized.
 FAMILIES = {
     "timm:resnet18": 10,
     "timm:densenet121": 30,
     "torchvision:shufflenet_v2_x0_5": 0,
     "torchvision:vgg11_bn": 6,
-    "timm:regnetx_002": 0,
+    "timm:regnetx_002": 9,
     "torchvision:squeezenet1_1": 8,
     "timm:mobilenetv2_050": 0,
 }
@@ -54,6 +55,8 @@ def test_a_network_is_adapted_without_user_code(name: str, tmp_path: Path) -> No
     done = tn.compress(name, recipe, data=loaders, out=tmp_path / "run")
     layers = [m for m in done.model.modules() if isinstance(m, WinogradConv2d)]
     assert len(layers) >= FAMILIES[name]
+    # 1x1 ones and those with a stride.
+    assert any(isinstance(m, QuantizedConv2d) for m in done.model.modules()) or name == "torchvision:vgg11_bn"
     x = torch.randn(2, 3, SIDE, SIDE)
     expected = steps(done.model, x)
     assert expected.isfinite().all()

@@ -193,14 +193,12 @@ def test_more_bits_are_better() -> None:
 
 
 def test_one_scale_per_tap_and_better_points() -> None:
-    """W12 and spec 0.4; the issue's goals: F4 at most 0.10, F2 at most 0.033, and the reference's collapse."""
+    """W12 and spec 0.4, with the reference's collapse."""
     errors = {
         (m, points, per_tap): layer_error(cook_toom(m, 3, points), 8, per_tap)
         for m, points in ((2, "lavin"), (4, "lavin"), (4, "balanced"), (6, "balanced"))
         for per_tap in (True, False)
     }
-    assert errors[2, "lavin", True] <= 0.033
-    assert errors[4, "balanced", True] <= 0.105
     assert errors[4, "lavin", True] <= 0.2
     assert errors[4, "balanced", True] < 0.8 * errors[4, "lavin", True]
     assert errors[4, "lavin", False] >= 10 * errors[4, "lavin", True]
@@ -210,6 +208,13 @@ def test_one_scale_per_tap_and_better_points() -> None:
     assert errors[6, "balanced", True] == pytest.approx(0.275, rel=0.15)
     widened, x, expected = layer(Quantization.tapwise(8, product_bits=10))
     assert relative(widened(x), expected) < relative(layer(TAPWISE)[0](x), expected)
+
+
+@pytest.mark.parametrize(("m", "points", "limit"), [(2, "lavin", 0.033), (4, "balanced", 0.10)])
+def test_one_layer_at_8_bits_is_as_good_as_specified(m: int, points: str, limit: float) -> None:
+    """The mean of five draws; F4's are 0.096 to 0.101."""
+    errors = [layer_error(cook_toom(m, 3, points), 8, seed=seed) for seed in range(5)]
+    assert sum(errors) / 5 <= limit
 
 
 def test_learned_scales_start_from_the_first_batch_and_learn() -> None:

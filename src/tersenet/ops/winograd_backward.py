@@ -10,7 +10,13 @@ from torch import Tensor
 
 from tersenet.ops.fake_quantize import round_to, round_to_, rounding_gradient
 from tersenet.ops.winograd_stages import (
+    INPUT,
+    INPUT_WINOGRAD,
+    OUTPUT,
+    PRODUCT,
     STAGES,
+    WEIGHT,
+    WEIGHT_WINOGRAD,
     Matrices,
     Stages,
     assembled,
@@ -21,6 +27,7 @@ from tersenet.ops.winograd_stages import (
 )
 from tersenet.ops.winograd_tiles import (
     Geometry,
+    channels_last,
     copy_image,
     input_tiles,
     input_tiles_adjoint,
@@ -50,12 +57,15 @@ class _Rounded:
             return values
         return (round_to_ if own and not self.reads(index) else round_to)(values, scale, stage.rounding)
 
-    def through(self, index: int, values: Tensor, gradient: Tensor, share: float = 1.0) -> Tensor:
-        """The gradient for the values; that for their scale is added up. `share` of all values that have the scale."""
+    def through(self, index: int, values: Tensor, gradient: Tensor, share: float = 1.0, own: bool = False) -> Tensor:
+        """The gradient for the values; that for their scale is added up.
+
+        share: these values' of all that have the scale. own: both tensors may be overwritten.
+        """
         stage, scale = self.stages[index], self.scales[index]
         if stage is None or scale is None:
             return gradient
-        gradient, of_scale = rounding_gradient(values, scale, stage.rounding, gradient)
+        gradient, of_scale = rounding_gradient(values, scale, stage.rounding, gradient, own)
         if of_scale is not None and self.wanted[index]:
             # It was divided by the root of the number of values.
             of_scale = of_scale * math.sqrt(share)
@@ -65,8 +75,8 @@ class _Rounded:
 
 
 def backward(
-    at: Geometry, stages: Stages, dy: Tensor, wanted: Sequence[bool], x: Tensor, weight: Tensor, bias: Tensor | None,
-    matrices: Matrices, scales: Sequence[Tensor | None],
+    geometry: Geometry, stages: Stages, dy: Tensor, wanted: Sequence[bool], x: Tensor, weight: Tensor,
+    bias: Tensor | None, matrices: Matrices, scales: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of x, weight, bias, the matrices and the scales; None for what is not wanted."""
     aa, gg, bb = matrices
@@ -74,12 +84,12 @@ def backward(
     rounded = _Rounded(stages, scales, want_scale)
     n, _, h, w = x.shape
     plain_weight = weight.to(gg.dtype)
-    taps = weight_taps(rounded.values(1, plain_weight, own=False), at)
+    taps = weight_taps(rounded.values(WEIGHT, plain_weight, own=False), geometry)
     plain_u = transformed(gg, taps)
-    u = rounded.values(3, plain_u)
+    u = rounded.values(WEIGHT_WINOGRAD, plain_u)
 
-    want_u = want_weight or want_gg or want_scale[1] or want_scale[3]
-    want_v = want_x or want_bb or want_scale[0] or want_scale[2]
+    want_u = want_weight or want_gg or want_scale[WEIGHT] or want_scale[WEIGHT_WINOGRAD]
+    want_v = want_x or want_bb or want_scale[INPUT] or want_scale[INPUT_WINOGRAD]
     d_u = torch.zeros_like(u).flatten(0, 1) if want_u else None
     # Transposed: half the time.
     d_aa = torch.zeros_like(aa.t()) if want_aa else None
@@ -88,34 +98,36 @@ def backward(
     dx = torch.empty_like(x) if want_x else None
 
     padded: Tensor | None = None
-    at_once = images_at_once(x, weight, at)
+    at_once = images_at_once(x, weight, geometry)
     into = split(x if dx is None else dx, at_once)
     for images, d_out, dx_part in zip(split(x, at_once), split(dy, at_once), into, strict=True):
         size = images.shape[0], h, w
         share = 1.0 if at_once is None else size[0] / n
-        padded = rounded.values(0, padded_image(images.to(bb.dtype), at, padded))
-        tiles = input_tiles(padded, at).contiguous()
+        padded = rounded.values(INPUT, padded_image(images.to(bb.dtype), geometry, padded))
+        tiles = input_tiles(padded, geometry).contiguous()
         plain_v = transformed(bb, tiles)
-        v = rounded.values(2, plain_v)
+        v = rounded.values(INPUT_WINOGRAD, plain_v)
 
         # Output and product. Most settings need neither of them again: rounding passes the gradient on as it is.
         d_out = d_out.to(aa.dtype)
         plain_m = m = None
-        if want_aa or rounded.reads(4) or rounded.reads(5):
+        if want_aa or rounded.reads(PRODUCT) or rounded.reads(OUTPUT):
             plain_m = products(v, u)
-            m = rounded.values(4, plain_m)
-        if m is not None and rounded.reads(5):
-            d_out = rounded.through(5, assembled(aa, m, bias, at, size, nhwc=True), d_out, share)
+            m = rounded.values(PRODUCT, plain_m)
+        if m is not None and rounded.reads(OUTPUT):
+            y = assembled(aa, m, bias, geometry, size, nhwc=True)
+            d_out = rounded.through(OUTPUT, y, channels_last(d_out), share)
+            del y
         if d_bias is not None:
             d_bias += d_out.sum((0, 2, 3))
-        d_out = output_image_adjoint(d_out, at, h, w).flatten(0, 1).flatten(1)
+        d_out = output_image_adjoint(d_out, geometry, h, w).flatten(0, 1).flatten(1)
         if d_aa is not None and m is not None:
             d_aa.addmm_(m.view(m.shape[0], -1), d_out.t())
         del m
-        d_m = (aa.t() @ d_out).view(aa.shape[1], at.groups, -1, u.shape[3])
+        d_m = (aa.t() @ d_out).view(aa.shape[1], geometry.groups, -1, u.shape[3])
         del d_out
-        if plain_m is not None and rounded.reads(4):
-            d_m = rounded.through(4, plain_m, d_m, share)
+        if plain_m is not None and rounded.reads(PRODUCT):
+            d_m = rounded.through(PRODUCT, plain_m, d_m, share, own=True)
         del plain_m
 
         if d_u is not None:
@@ -125,18 +137,18 @@ def backward(
             continue
         d_v = products(d_m, u.transpose(2, 3))
         del d_m
-        if rounded.reads(2):
-            d_v = rounded.through(2, plain_v, d_v, share)
+        if rounded.reads(INPUT_WINOGRAD):
+            d_v = rounded.through(INPUT_WINOGRAD, plain_v, d_v, share, own=True)
         d_v = d_v.flatten(1)
         del plain_v
         if d_bb is not None:
             d_bb.addmm_(d_v, tiles.flatten(0, 1).flatten(1).t())
-        if want_x or want_scale[0]:
+        if want_x or want_scale[INPUT]:
             d_tiles = (bb.t() @ d_v).view(tiles.shape)
-            d_image = input_tiles_adjoint(d_tiles, at, images.shape)
+            d_image = input_tiles_adjoint(d_tiles, geometry, images.shape)
             del d_tiles
-            if rounded.reads(0):
-                d_image = rounded.through(0, images.to(bb.dtype), d_image, share)
+            if rounded.reads(INPUT):
+                d_image = rounded.through(INPUT, channels_last(images.to(bb.dtype)), d_image, share)
             if dx is not None:
                 copy_image(d_image, dx_part)
         del tiles, d_v
@@ -144,11 +156,13 @@ def backward(
     d_gg = d_weight = None
     if d_u is not None:
         d_u = d_u.view(u.shape)
-        d_u = (rounded.through(3, plain_u, d_u) if rounded.reads(3) else d_u).flatten(1)
+        if rounded.reads(WEIGHT_WINOGRAD):
+            d_u = rounded.through(WEIGHT_WINOGRAD, plain_u, d_u, own=True)
+        d_u = d_u.flatten(1)
         if want_gg:
             d_gg = d_u @ taps.reshape(gg.shape[1], -1).t()
-        d_weight = weight_taps_adjoint((gg.t() @ d_u).view(taps.shape), at, weight.shape)
-        if rounded.reads(1):
-            d_weight = rounded.through(1, plain_weight, d_weight)
+        d_weight = weight_taps_adjoint((gg.t() @ d_u).view(taps.shape), geometry, weight.shape)
+        if rounded.reads(WEIGHT):
+            d_weight = rounded.through(WEIGHT, plain_weight, d_weight)
         d_weight = d_weight.to(weight.dtype) if want_weight else None
     return [dx, d_weight, d_bias, None if d_aa is None else d_aa.t(), d_gg, d_bb, *rounded.gradients]

@@ -63,47 +63,47 @@ def winograd_relu_conv2d(
     return _forward(geometry, activation, *tensors)
 
 
-def transformed_input(x: Tensor, bb: Tensor, at: Geometry, activation: Activation) -> Tensor:
+def transformed_input(x: Tensor, bb: Tensor, geometry: Geometry, activation: Activation) -> Tensor:
     """V (t t, P, C) of x (N, C, H, W): what meets the weight. P counts images and tiles."""
-    tiles = _tiles(padded_image(x.to(bb.dtype), at), at)
+    tiles = _tiles(padded_image(x.to(bb.dtype), geometry), geometry)
     return _activated(tiles, bb, activation)
 
 
 def _forward(
-    at: Geometry, act: Activation, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, aa: Tensor,
-    bb: Tensor,
+    geometry: Geometry, act: Activation, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None,
+    aa: Tensor, bb: Tensor,
 ) -> Tensor:  # fmt: skip
     weight = _masked(weight, mask).to(bb.dtype)
-    parts = [_part(at, act, images, weight, bias, aa, bb) for images in _chunks(x, weight, at)]
+    parts = [_part(geometry, act, images, weight, bias, aa, bb) for images in _chunks(x, weight, geometry)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _part(
-    at: Geometry, act: Activation, x: Tensor, weight: Tensor, bias: Tensor | None, aa: Tensor, bb: Tensor
+    geometry: Geometry, act: Activation, x: Tensor, weight: Tensor, bias: Tensor | None, aa: Tensor, bb: Tensor
 ) -> Tensor:
     n, _, h, w = x.shape
     nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    product = torch.bmm(transformed_input(x, bb, at, act), weight)
+    product = torch.bmm(transformed_input(x, bb, geometry, act), weight)
     y = _transform(aa, product)
-    y = y.view(at.tile, at.tile, 1, n, at.tiles(h, 0), at.tiles(w, 1), weight.shape[2])
-    y = output_image(y, at, (n, h, w), nhwc)
+    y = y.view(geometry.tile, geometry.tile, 1, n, geometry.tiles(h, 0), geometry.tiles(w, 1), weight.shape[2])
+    y = output_image(y, geometry, (n, h, w), nhwc)
     if bias is not None:
         y = y.add_(bias.to(y.dtype).view(-1, 1, 1))
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
-def _chunks(x: Tensor, weight: Tensor, at: Geometry) -> Sequence[Tensor]:
+def _chunks(x: Tensor, weight: Tensor, geometry: Geometry) -> Sequence[Tensor]:
     """Images a few at a time: what is transient then stays in the cache, which takes two thirds of the time."""
     # While a graph is exported, the batch may be of any size.
     if not isinstance(x.shape[0], int) or x.is_meta:  # pyright: ignore[reportUnnecessaryIsInstance]
         return (x,)
-    one = weight.shape[0] * at.tiles(x.shape[2], 0) * at.tiles(x.shape[3], 1) * max(weight.shape[1:])
+    one = weight.shape[0] * geometry.tiles(x.shape[2], 0) * geometry.tiles(x.shape[3], 1) * max(weight.shape[1:])
     return x.split(max(1, (_CACHED if x.device.type == "cpu" else _CACHED * 256) // one))
 
 
-def _tiles(image: Tensor, at: Geometry) -> Tensor:
+def _tiles(image: Tensor, geometry: Geometry) -> Tensor:
     """(t t, P, C)"""
-    tiles = input_tiles(image, at)
+    tiles = input_tiles(image, geometry)
     return tiles.reshape(tiles.shape[0] * tiles.shape[1], -1, tiles.shape[-1])
 
 
@@ -130,15 +130,15 @@ def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 class _WinogradReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, at: Geometry, act: Activation, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, geometry: Geometry, act: Activation, *tensors: Any) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.at, ctx.act = at, act
-        return _forward(at, act, *tensors)
+        ctx.geometry, ctx.act = geometry, act
+        return _forward(geometry, act, *tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        at: Geometry = ctx.at
+        geometry: Geometry = ctx.geometry
         act: Activation = ctx.act
         x, weight, mask, bias, aa, bb = ctx.saved_tensors
         want_x, want_weight, _, want_bias = ctx.needs_input_grad[2:6]
@@ -147,9 +147,9 @@ class _WinogradReLU(torch.autograd.Function):
         masked = _masked(weight, mask).to(bb.dtype)
         d_weight = torch.zeros_like(masked) if want_weight else None
         dx: list[Tensor] = []
-        chunks = _chunks(x, weight, at)
+        chunks = _chunks(x, weight, geometry)
         for images, dy_part in zip(chunks, dy.split(len(chunks[0])), strict=True):
-            d_part = _backward(at, act, images, dy_part, masked, aa, bb, d_weight, want_x)
+            d_part = _backward(geometry, act, images, dy_part, masked, aa, bb, d_weight, want_x)
             if d_part is not None:
                 dx.append(d_part)
         if d_weight is not None:
@@ -158,14 +158,14 @@ class _WinogradReLU(torch.autograd.Function):
 
 
 def _backward(
-    at: Geometry, act: Activation, x: Tensor, dy: Tensor, weight: Tensor, aa: Tensor, bb: Tensor,
+    geometry: Geometry, act: Activation, x: Tensor, dy: Tensor, weight: Tensor, aa: Tensor, bb: Tensor,
     d_weight: Tensor | None, want_x: bool,
 ) -> Tensor | None:  # fmt: skip
     """The gradient of some images, if it is wanted; that of the weight is added to `d_weight`."""
-    d_out = output_image_adjoint(dy.to(aa.dtype), at, x.shape[2], x.shape[3]).flatten(0, 1).flatten(1)
+    d_out = output_image_adjoint(dy.to(aa.dtype), geometry, x.shape[2], x.shape[3]).flatten(0, 1).flatten(1)
     d_product = (aa.t() @ d_out).view(aa.shape[1], -1, weight.shape[2])
     del d_out
-    tiles = _tiles(padded_image(x.to(bb.dtype), at), at)
+    tiles = _tiles(padded_image(x.to(bb.dtype), geometry), geometry)
     v = None
     if d_weight is not None:
         v = _activated(tiles, bb, act)
@@ -175,9 +175,9 @@ def _backward(
     d_v = torch.bmm(d_product, weight.transpose(1, 2))
     del d_product
     d_tiles = _activation_adjoint(d_v, tiles, v, bb, act)
-    t = at.tile + at.taps - 1
-    shape = (t, t, 1, len(x), at.tiles(x.shape[2], 0), at.tiles(x.shape[3], 1), x.shape[1])
-    return input_tiles_adjoint(d_tiles.view(shape), at, x.shape).to(x.dtype)
+    t = geometry.tile + geometry.taps - 1
+    shape = (t, t, 1, len(x), geometry.tiles(x.shape[2], 0), geometry.tiles(x.shape[3], 1), x.shape[1])
+    return input_tiles_adjoint(d_tiles.view(shape), geometry, x.shape).to(x.dtype)
 
 
 def _activation_adjoint(d_v: Tensor, tiles: Tensor, v: Tensor | None, bb: Tensor, act: Activation) -> Tensor:

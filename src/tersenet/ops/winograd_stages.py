@@ -25,6 +25,8 @@ STAGES = ("input", "weight", "input_winograd", "weight_winograd", "product", "ou
 """What can be rounded, in the order of the arguments. Scales broadcast against x (N, C, H, W), the weight
 (K, C / groups, kH, kW), V (t t, groups, P, C), U (t t, groups, C, K), M (t t, groups, P, K) and the output, and are the
 same for all images and tiles."""
+INPUT, WEIGHT, INPUT_WINOGRAD, WEIGHT_WINOGRAD, PRODUCT, OUTPUT = range(len(STAGES))
+"""Their places in that order."""
 
 _CACHED = 2**19
 """Numbers of one transient tensor that are worth computing at once on a CPU: 2 MiB."""
@@ -106,18 +108,19 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def assembled(
-    aa: Tensor, product: Tensor, bias: Tensor | None, at: Geometry, size: tuple[int, int, int], nhwc: bool
+    aa: Tensor, product: Tensor, bias: Tensor | None, geometry: Geometry, size: tuple[int, int, int], nhwc: bool
 ) -> Tensor:
     """AA M, with the bias, as an image. `size` is the input's N, H, W."""
     n, h, w = size
     groups, channels = product.shape[1], product.shape[3]
-    shape = at.tile, at.tile, groups, n * at.axis(0)[2] * at.axis(1)[2], at.tiles(h, 0), at.tiles(w, 1), channels
+    m, (_, _, dh), (_, _, dw) = geometry.tile, geometry.axis(0), geometry.axis(1)
+    shape = m, m, groups, n * dh * dw, geometry.tiles(h, 0), geometry.tiles(w, 1), channels
     y = _summed(aa, product.view(aa.shape[1], -1)).view(shape)
-    y = output_image(y, at, size, nhwc)
+    y = output_image(y, geometry, size, nhwc)
     return y if bias is None else y.add_(bias.to(y.dtype).view(-1, 1, 1))
 
 
-def images_at_once(x: Tensor, weight: Tensor, at: Geometry) -> int | None:
+def images_at_once(x: Tensor, weight: Tensor, geometry: Geometry) -> int | None:
     """As many images as keep V and M in the cache, which halves the time; None: all of them.
 
     A program that is compiled or exported takes all: it may be for any number of images, and compilers do this by
@@ -125,9 +128,9 @@ def images_at_once(x: Tensor, weight: Tensor, at: Geometry) -> int | None:
     """
     if x.is_meta or torch.compiler.is_compiling() or not isinstance(x.shape[0], int):  # pyright: ignore[reportUnnecessaryIsInstance]
         return None
-    (_, sh, dh), (_, sw, dw) = at.axis(0), at.axis(1)
-    rows = at.tiles(x.shape[2], 0) * at.tiles(x.shape[3], 1) * dh * dw
-    one = (at.tile + at.taps - 1) ** 2 * rows * max(x.shape[1] * sh * sw, weight.shape[0])
+    (_, sh, dh), (_, sw, dw) = geometry.axis(0), geometry.axis(1)
+    rows = geometry.tiles(x.shape[2], 0) * geometry.tiles(x.shape[3], 1) * dh * dw
+    one = (geometry.tile + geometry.taps - 1) ** 2 * rows * max(x.shape[1] * sh * sw, weight.shape[0])
     # Other devices are filled only by much more, and what is transient has to be bounded all the same.
     cached = _CACHED if x.device.type == "cpu" else _CACHED * 256
     size = max(1, cached // one, -(-_ROWS // rows))

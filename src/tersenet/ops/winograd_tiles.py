@@ -75,14 +75,14 @@ class Geometry:
         return -(-self.out(size, axis) // (self.axis(axis)[2] * self.tile))
 
 
-def padded_image(x: Tensor, at: Geometry, into: Tensor | None = None) -> Tensor:
+def padded_image(x: Tensor, geometry: Geometry, into: Tensor | None = None) -> Tensor:
     """(N, C, H, W) -> (N, C, rows, columns) in channels_last order: exactly what the tiles reach.
 
     `into`: what this made of as many other images or more, which is overwritten. Its borders must still be zero.
     """
     n, c, h, w = x.shape
-    (top, _), (left, _) = at.padding
-    shape = n, reach(at, h, 0), reach(at, w, 1), c
+    (top, _), (left, _) = geometry.padding
+    shape = n, reach(geometry, h, 0), reach(geometry, w, 1), c
     out = x.new_zeros(shape).permute(0, 3, 1, 2) if into is None else into[:n]
     # Rows that a stride never reads are left out.
     h, w = min(h, out.shape[2] - top), min(w, out.shape[3] - left)
@@ -119,35 +119,35 @@ def _transposed(x: Tensor, rows: int) -> Tensor:
     return torch.channel_shuffle(x.flatten(1)[:, None, None].permute(0, 3, 1, 2), rows)
 
 
-def reach(at: Geometry, size: int, axis: int) -> int:
+def reach(geometry: Geometry, size: int, axis: int) -> int:
     """Rows or columns that the tiles read, padding included."""
-    step, stride, dilation = at.axis(axis)
-    return (at.tile * at.tiles(size, axis) + at.taps - 1) * stride * dilation * step
+    step, stride, dilation = geometry.axis(axis)
+    return (geometry.tile * geometry.tiles(size, axis) + geometry.taps - 1) * stride * dilation * step
 
 
-def input_tiles(x: Tensor, at: Geometry) -> Tensor:
+def input_tiles(x: Tensor, geometry: Geometry) -> Tensor:
     """`padded_image` -> (t, t, groups, N', tiles, tiles, C'): overlapping tiles.
 
     N' has the phases of the dilation, C' of one group those of the stride.
     """
-    t = at.tile + at.taps - 1
-    (step_h, sh, dh), (step_w, sw, dw) = at.axis(0), at.axis(1)
+    t = geometry.tile + geometry.taps - 1
+    (step_h, sh, dh), (step_w, sw, dw) = geometry.axis(0), geometry.axis(1)
     if step_h > 1 or step_w > 1:
         x = x[:, :, ::step_h, ::step_w]
     n, c, h, w = x.shape
-    x = x.unflatten(1, (at.groups, c // at.groups)).unflatten(4, (w // (sw * dw), sw, dw))
+    x = x.unflatten(1, (geometry.groups, c // geometry.groups)).unflatten(4, (w // (sw * dw), sw, dw))
     x = x.unflatten(3, (h // (sh * dh), sh, dh))
     # n, g, c, rows, sh, dh, columns, sw, dw -> ... with the taps of each tile at the end.
-    x = x.unfold(3, t, at.tile).unfold(6, t, at.tile)
+    x = x.unfold(3, t, geometry.tile).unfold(6, t, geometry.tile)
     x = x.permute(9, 10, 1, 0, 5, 8, 3, 6, 2, 4, 7)
-    return x.reshape(t, t, at.groups, n * dh * dw, x.shape[6], x.shape[7], c // at.groups * sh * sw)
+    return x.reshape(t, t, geometry.groups, n * dh * dw, x.shape[6], x.shape[7], c // geometry.groups * sh * sw)
 
 
-def input_tiles_adjoint(tiles: Tensor, at: Geometry, shape: torch.Size) -> Tensor:
+def input_tiles_adjoint(tiles: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
     """The gradient of `padded_image` and `input_tiles`: overlapping values are added. `shape` is the image's."""
     n, c, h, w = shape
-    (step_h, sh, dh), (step_w, sw, dw) = at.axis(0), at.axis(1)
-    m, t, groups = at.tile, tiles.shape[0], at.groups
+    (step_h, sh, dh), (step_w, sw, dw) = geometry.axis(0), geometry.axis(1)
+    m, t, groups = geometry.tile, tiles.shape[0], geometry.groups
     rows, columns = tiles.shape[4:6]
     tiles = tiles.view(t, t, groups, n, dh, dw, rows, columns, c // groups, sh, sw)
     # -> n, (rows, t, sh, dh), (columns, t, sw, dw), (g, c)
@@ -169,36 +169,36 @@ def input_tiles_adjoint(tiles: Tensor, at: Geometry, shape: torch.Size) -> Tenso
             spread = x.new_zeros(*x.shape[: 2 + axis], x.shape[2 + axis] * step, *x.shape[3 + axis :])
             (spread[:, :, ::step] if axis == 0 else spread[:, :, :, ::step]).copy_(x)
             x = spread
-    (top, _), (left, _) = at.padding
+    (top, _), (left, _) = geometry.padding
     below, right = top + h - x.shape[2], left + w - x.shape[3]
     x = x[:, :, top : top + h, left : left + w]
     # Rows that a stride never reads have no gradient.
     return pad(x, (0, max(0, right), 0, max(0, below))) if max(right, below) > 0 else x
 
 
-def weight_taps(weight: Tensor, at: Geometry) -> Tensor:
+def weight_taps(weight: Tensor, geometry: Geometry) -> Tensor:
     """(K, C / groups, kH, kW) -> (r, r, groups, C', K / groups), with the phases of the stride in C'."""
-    r = at.taps
-    strides = [at.axis(axis)[1] for axis in (0, 1)]
-    weight = _spaced(weight, at)
+    r = geometry.taps
+    strides = [geometry.axis(axis)[1] for axis in (0, 1)]
+    weight = _spaced(weight, geometry)
     weight = pad(weight, (0, r * strides[1] - weight.shape[3], 0, r * strides[0] - weight.shape[2]))
-    weight = weight.unflatten(3, (r, strides[1])).unflatten(2, (r, strides[0])).unflatten(0, (at.groups, -1))
+    weight = weight.unflatten(3, (r, strides[1])).unflatten(2, (r, strides[0])).unflatten(0, (geometry.groups, -1))
     # g, k, c, r, sh, r, sw
-    return weight.permute(3, 5, 0, 2, 4, 6, 1).reshape(r, r, at.groups, -1, weight.shape[1])
+    return weight.permute(3, 5, 0, 2, 4, 6, 1).reshape(r, r, geometry.groups, -1, weight.shape[1])
 
 
-def weight_taps_adjoint(taps: Tensor, at: Geometry, shape: torch.Size) -> Tensor:
+def weight_taps_adjoint(taps: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
     """The gradient of `weight_taps`; `shape` is the weight's."""
-    r = at.taps
-    sh, sw = (at.axis(axis)[1] for axis in (0, 1))
-    weight = taps.view(r, r, at.groups, shape[1], sh, sw, -1).permute(2, 6, 3, 0, 4, 1, 5)
+    r = geometry.taps
+    sh, sw = (geometry.axis(axis)[1] for axis in (0, 1))
+    weight = taps.view(r, r, geometry.groups, shape[1], sh, sw, -1).permute(2, 6, 3, 0, 4, 1, 5)
     weight = weight.reshape(shape[0], shape[1], r * sh, r * sw)
-    steps = at.spacing(0), at.spacing(1)
+    steps = geometry.spacing(0), geometry.spacing(1)
     return weight[:, :, : steps[0] * shape[2] : steps[0], : steps[1] * shape[3] : steps[1]][..., : shape[2], : shape[3]]
 
 
-def _spaced(weight: Tensor, at: Geometry) -> Tensor:
-    steps = at.spacing(0), at.spacing(1)
+def _spaced(weight: Tensor, geometry: Geometry) -> Tensor:
+    steps = geometry.spacing(0), geometry.spacing(1)
     if steps == (1, 1):
         return weight
     k, c, h, w = weight.shape
@@ -207,16 +207,16 @@ def _spaced(weight: Tensor, at: Geometry) -> Tensor:
     return spread
 
 
-def output_image(tiles: Tensor, at: Geometry, size: tuple[int, int, int], channels_last: bool) -> Tensor:
+def output_image(tiles: Tensor, geometry: Geometry, size: tuple[int, int, int], channels_last: bool) -> Tensor:
     """(m, m, groups, N', tiles, tiles, K') -> (N, K, H', W'). `size` is the input's N, H, W.
 
     Never a view of another tensor where nothing is cropped: autograd forbids in-place operators, such as a ReLU's, on
     views that a function of ours returns. What is cropped has to be copied by the caller.
     """
     n, h, w = size
-    dh, dw = at.axis(0)[2], at.axis(1)[2]
-    rows, columns = tiles.shape[4] * at.tile * dh, tiles.shape[5] * at.tile * dw
-    channels = at.groups * tiles.shape[6]
+    dh, dw = geometry.axis(0)[2], geometry.axis(1)[2]
+    rows, columns = tiles.shape[4] * geometry.tile * dh, tiles.shape[5] * geometry.tile * dw
+    channels = geometry.groups * tiles.shape[6]
     y = tiles.unflatten(3, (n, dh, dw))
     # m, m, g, n, dh, dw, rows, columns, k -> (rows, m, dh), (columns, m, dw) and (g, k)
     if channels_last:
@@ -226,20 +226,20 @@ def output_image(tiles: Tensor, at: Geometry, size: tuple[int, int, int], channe
         image.permute(0, 2, 3, 1).view(y.shape).copy_(y)
     else:
         image = y.permute(3, 2, 8, 6, 0, 4, 7, 1, 5).reshape(n, channels, rows, columns)
-    height, width = at.out(h, 0), at.out(w, 1)
+    height, width = geometry.out(h, 0), geometry.out(w, 1)
     return image if (height, width) == (rows, columns) else image[:, :, :height, :width]
 
 
-def output_image_adjoint(y: Tensor, at: Geometry, h: int, w: int) -> Tensor:
+def output_image_adjoint(y: Tensor, geometry: Geometry, h: int, w: int) -> Tensor:
     """The gradient of `output_image`: (N, K, H', W') cut into tiles."""
-    dh, dw = at.axis(0)[2], at.axis(1)[2]
-    rows, columns = at.tiles(h, 0), at.tiles(w, 1)
+    dh, dw = geometry.axis(0)[2], geometry.axis(1)[2]
+    rows, columns = geometry.tiles(h, 0), geometry.tiles(w, 1)
     n, k = y.shape[:2]
-    edges = (0, columns * at.tile * dw - y.shape[3], 0, rows * at.tile * dh - y.shape[2])
+    edges = (0, columns * geometry.tile * dw - y.shape[3], 0, rows * geometry.tile * dh - y.shape[2])
     y = channels_last(y)
     y = (pad(y, edges) if any(edges) else y).permute(0, 2, 3, 1)
-    y = y.unflatten(3, (at.groups, k // at.groups)).unflatten(2, (columns, at.tile, dw))
-    y = y.unflatten(1, (rows, at.tile, dh))
+    y = y.unflatten(3, (geometry.groups, k // geometry.groups)).unflatten(2, (columns, geometry.tile, dw))
+    y = y.unflatten(1, (rows, geometry.tile, dh))
     # n, rows, m, dh, columns, m, dw, g, k
     y = y.permute(2, 5, 7, 0, 3, 6, 1, 4, 8)
-    return y.reshape(at.tile, at.tile, at.groups, n * dh * dw, rows, columns, k // at.groups)
+    return y.reshape(geometry.tile, geometry.tile, geometry.groups, n * dh * dw, rows, columns, k // geometry.groups)

@@ -47,6 +47,11 @@ def calibrate_ranges(
             module.training = training
         for buffer, values in statistics:
             buffer.copy_(values)
+    share_ranges(model)
+    return images
+
+
+def share_ranges(model: nn.Module) -> None:
+    """Every rank gets the ranges and learned scales of rank 0."""
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
     distributed.broadcast(tensor for quantizer in quantizers for tensor in quantizer.state_dict().values())
-    return images

@@ -19,8 +19,9 @@ from tersenet.nn.candidates import CandidateConv2d
 from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d, calibration
 from tersenet.nn.winograd_settings import Quantization, WinogradSettings
+from tersenet.train import distributed
 from tersenet.train.batch import cross_entropy, forward, move
-from tersenet.train.ranges import calibrate_ranges
+from tersenet.train.ranges import calibrate_ranges, share_ranges
 from tersenet.winograd_search.knapsack import best_under
 
 if TYPE_CHECKING:
@@ -53,7 +54,12 @@ class Layers:
         self.loss: dict[str, list[float]] = {}
         wanted = {conv.name: [_wanted(conv, way) for way in ways] for conv, ways in found}
         rows = (row for each in wanted.values() for passes in each for row in passes)
-        self.table = LatencyTable.load(table) if table is not None else measure_table(rows, batch)
+
+        def found_table() -> LatencyTable:
+            return LatencyTable.load(table) if table is not None else measure_table(rows, batch)
+
+        # No two processes measure the same times, and all have to choose alike.
+        self.table = distributed.from_first(found_table)
         self.ms = {
             name: [sum(self.table.ms(*row[1:]) for row in passes) for passes in each] for name, each in wanted.items()
         }
@@ -105,6 +111,7 @@ class Layers:
         finally:
             for layer in made.values():
                 layer.observing = False
+        share_ranges(model)
 
     def sensitivities(self, graph: ModelGraph, context: Context, batches: int) -> None:
         """The loss on training images that each way of each layer adds, with all other layers as they are."""
@@ -113,11 +120,13 @@ class Layers:
             self.observe(model, context, batches, made)
 
             def loss() -> float:
-                total = n = 0
+                total = n = 0.0
                 with torch.no_grad(), evaluating(model):
                     for inputs, targets in self._batches(context, batches):
                         total += float(self.task(context)(forward(model, inputs), targets)) * len(targets)
                         n += len(targets)
+                # Every rank saw other images, and all have to choose alike.
+                total, n = distributed.all_reduce_sum(torch.tensor([total, n]).double(), context.device).tolist()
                 return total / n
 
             base = loss()
@@ -180,7 +189,8 @@ class Layers:
 
 def _module(conv: nn.Conv2d, way: Way) -> nn.Module:
     if isinstance(way, WinogradSettings):
-        return WinogradConv2d.from_conv(conv, way)
+        # What a search would make of transforms is gone once it has chosen: they are trained afterwards.
+        return WinogradConv2d.from_conv(conv, way.model_copy(update={"flex": "static"}))
     return conv if way is None else QuantizedConv2d.from_conv(conv, way)
 
 

@@ -118,11 +118,10 @@ class WinasSearch(Hooks):
         loss = loss + self.settings.l2 * sum(logits.square().sum() for logits in self.logits.values())
         loss = loss + self.settings.latency_weight * self._expected()
         every = list(self.logits.values())
-        for logits, gradient in zip(every, torch.autograd.grad(loss, every, allow_unused=True), strict=True):
-            logits.grad = gradient
+        for logits, gradient in zip(every, torch.autograd.grad(loss, every), strict=True):
+            # All ranks drew the same ways, for other images.
+            logits.grad = distributed.all_reduce_sum(gradient, state.device) / distributed.world()
         self.optimizer.step()
-        # Gradients differ between processes: each saw other images.
-        distributed.broadcast(logits.detach() for logits in every)
         self._settle()
 
     def _expected(self) -> Tensor:
