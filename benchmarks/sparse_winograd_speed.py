@@ -39,7 +39,7 @@ from tersenet.lowering.layers import DomainLayer, Layer
 from tersenet.lowering.lower import lower
 from tersenet.lowering.modules import build as kernel
 from tersenet.lowering.peers import PEERS
-from tersenet.measuring.turns import in_turns
+from tersenet.measuring.turns import warm_in_turns
 from tersenet.methods.base import Context
 from tersenet.methods.sparse_winograd import SparseWinograd
 from tersenet.models.build import build
@@ -135,7 +135,7 @@ def networks(name: str, threads: int, rounds: int, peers: list[str]) -> dict[str
                 missing[peer] = str(error).strip().partition("\n")[0]
         for run in runners.values():
             run()
-        times = in_turns(runners, rounds)
+        times = warm_in_turns(runners, rounds)
     medians = {label: statistics.median(values) for label, values in times.items()}
     direct = {peer: medians[peer] for peer in DIRECT if peer in medians}
     all_peers = {peer: medians[peer] for peer in peers if peer in medians}
@@ -222,7 +222,7 @@ def layer(channels: int, side: int, block: int, threads: int, rounds: int) -> di
         for run in runners.values():
             run()
             run()
-        times = {label: statistics.median(values) for label, values in in_turns(runners, rounds).items()}
+        times = {label: statistics.median(values) for label, values in warm_in_turns(runners, rounds).items()}
     ratios = {density: times["dense"] / times[f"{density:g}"] for density in DENSITIES}
     return {
         "channels": channels,

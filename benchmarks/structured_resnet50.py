@@ -28,7 +28,7 @@ from tersenet.graph.proof import compare
 from tersenet.lowering.lower import lower
 from tersenet.lowering.peers import PEERS, Runner
 from tersenet.measuring.macs import count_macs, params_of
-from tersenet.measuring.turns import in_turns
+from tersenet.measuring.turns import warm_in_turns
 from tersenet.methods.base import Context
 from tersenet.methods.structured_sparsification import StructuredSparsification
 from tersenet.models.build import build
@@ -97,7 +97,7 @@ def timed(networks: dict[str, nn.Module], threads: int) -> dict[str, Any]:
                 place.mkdir()
                 runners[f"{peer} {name}"] = PEERS[peer](model, inputs, threads, place)
         errors = {key: _error(run()[0], expected[key.split()[1]]) for key, run in runners.items()}
-        times = {key: statistics.median(values) for key, values in in_turns(runners, ROUNDS).items()}
+        times = {key: statistics.median(values) for key, values in warm_in_turns(runners, ROUNDS).items()}
     ratios = {
         f"{name}_over_dense": {kind: times[f"{kind} {name}"] / times[f"{kind} dense"] for kind in KINDS}
         for name in networks

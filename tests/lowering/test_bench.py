@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 import tersenet as tn
 from tersenet.cli.main import main
-from tersenet.lowering.bench import bench
+from tersenet.lowering.bench import Timing, bench
 from tersenet.lowering.peers import PEERS, Runner
+from tersenet.lowering.picture import draw
 
 
 def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,28 @@ def test_a_runtime_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     found, _ = bench(nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 9, 9),), peers=("openvino",), rounds=1)
     assert found.missing == {"openvino": "no such device"}
     assert found.timings.keys() == {"tersenet"}
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_picture(suffix: str, tmp_path: Path) -> None:
+    timings = {"tersenet": Timing(1.5, 1.0, 2.0, 1e-7), "eager": Timing(12.25, 12.0, 13.0, 0.0)}
+    path = tmp_path / f"bars{suffix}"
+    draw({"net, batch 1": timings, "net, batch 8": timings}, path)
+    first = path.read_bytes()
+    if suffix == ".svg":
+        text = first.decode()
+        assert all(word in text for word in ("tersenet", "eager", "net, batch 8", "12.2"))
+    else:
+        assert first.startswith(b"\x89PNG")
+    draw({"net, batch 1": timings, "net, batch 8": timings}, path)
+    assert path.read_bytes() == first
+
+
+def test_a_picture_of_another_kind_is_refused_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "no_such_network", "--picture", "bars.jpg"])
+    assert ended.value.code != 0
+    assert "must end in .svg or .png" in capsys.readouterr().err
 
 
 def test_bad_arguments() -> None:

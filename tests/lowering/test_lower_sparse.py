@@ -191,7 +191,7 @@ def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(choose, "measure", never)
+    monkeypatch.setattr("tersenet.lowering.assign.layers_timed", never)
     assert tn.lower(model, x).report.layers == first
     # How much is pruned decides about times.
     with pytest.raises(AssertionError, match="measured again"):

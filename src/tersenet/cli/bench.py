@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tersenet.cli import options
 from tersenet.cli.console import columns, examples, note, note_random_weights, show
+from tersenet.lowering.picture import check_picture, draw
 
 if TYPE_CHECKING:
     from tersenet.lowering.bench import Bench
@@ -16,6 +18,7 @@ EXAMPLES = examples(
     "tersenet bench resnet18",
     "tersenet bench runs/r56/model --layers --threads 1",
     "tersenet bench resnet20 --batch 8 --peer eager --peer compile --json",
+    "tersenet bench vgg16 --picture vgg16.svg",
 )
 
 
@@ -39,6 +42,9 @@ def bench(
         ),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Each convolution's kernel and times.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Bars of all runtimes: .svg or .png.")
+    ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Lower a network for this machine and time it against other runtimes, in turns, all in float32.
@@ -46,6 +52,8 @@ def bench(
     Stop other programs first: the figures are wall-clock times.
     """
     sizes = options.input_sizes(shapes)
+    if picture is not None:
+        check_picture(picture)
     from tersenet import api
     from tersenet.lowering.bench import bench as run
 
@@ -55,6 +63,8 @@ def bench(
     note_random_weights(model, weights)
     for name, reason in found.missing.items():
         note(f"note: {name} is left out: {reason}")
+    if picture is not None:
+        draw({f"{model}, {found.title}": found.timings}, picture)
     document = {"model": model, "input": list(example[0].shape), **found.to_dict(), "lowered": fast.report.to_dict()}
     text = f"\n\n{fast.report}" if layers else ""
     show(document, lambda: _table(found) + text, as_json)

@@ -20,13 +20,9 @@ from tersenet.ops.cook_toom import Transforms
 TASK = "ptr %context"
 
 
-def block_functions(module: Module, isa: Isa, transforms: Transforms, weight: str) -> None:
-    """The tasks `run_private`, `run_input` and `run_product`, and what they share."""
+def block_functions(module: Module, isa: Isa, transforms: Transforms) -> None:
+    """The tasks `run_private`, `run_input` and `run_product`, and what they share but for `product_block`."""
     transform_block(module, isa, transforms)
-    if weight == "sparse":
-        _sparse_product_block(module, isa, transforms)
-    else:
-        _product_block(module, isa, transforms, weight)
     output_block(module, isa, transforms)
     _outputs_from(module)
     _run_private(module)
@@ -53,7 +49,7 @@ def transform_block(module: Module, isa: Isa, transforms: Transforms) -> None:
                 f.op(f"zext i1 {f.both(inside, full)} to i64"),
                 {
                     0: lambda: f.call(
-                        "input_careful", f"ptr %context, ptr {f.offset(pixels, channel)}, ptr {v}",
+                        "input_careful", f"ptr %context, ptr {f.offset(first, channel)}, ptr {v}",
                         f"i64 {top}, i64 {left}, i64 {left_over}",
                     ),
                     1: lambda: f.call("input_inner", f"ptr %context, ptr {f.offset(first, channel)}, ptr {v}"),
@@ -61,7 +57,7 @@ def transform_block(module: Module, isa: Isa, transforms: Transforms) -> None:
             )  # fmt: skip
 
 
-def _product_block(module: Module, isa: Isa, transforms: Transforms, weight: str) -> None:
+def product_block(module: Module, isa: Isa, transforms: Transforms, weight: str) -> None:
     """M of the block `%number` for the blocks of output channels from `%begin` to `%end`: all taps, all input channels.
 
     Taps are outside: a tap of V comes from afar once, and is near for all but the first of the output channels.
@@ -70,7 +66,7 @@ def _product_block(module: Module, isa: Isa, transforms: Transforms, weight: str
         "product_block", "ptr %context, ptr noalias %v, ptr noalias %m, i64 %number, i64 %begin, i64 %end"
     )
     c = ContextReader(f, "weight", "v_tap", "v_vector", "m_tap", "m_block", "quads", "quad_step", "out_channels")
-    count = _tiles_of_block(f, "%number")
+    count = tiles_of_block(f, "%number")
     groups = f.divmod(f.add(count, isa.rows - 1), isa.rows)[0]
     small, larger = f.divmod(count, groups)
     panel = f.mul(c["quads"], QUAD * isa.channels)
@@ -103,37 +99,6 @@ def _product_block(module: Module, isa: Isa, transforms: Transforms, weight: str
                 f.call(
                     "product", "ptr %context", f"ptr {f.offset(v, place)}", f"ptr {u}", f"ptr {f.offset(m, place)}",
                     f"i64 {part.index}, i64 {last}, ptr {own_ahead}, i64 {pace}, i64 {columns}, i64 {rows}",
-                )  # fmt: skip
-                group.next([f.add(done, rows)])
-
-
-def _sparse_product_block(module: Module, isa: Isa, transforms: Transforms) -> None:
-    """The same for a pruned weight: `starts` has the first entry of every tap and vector of output channels."""
-    f = module.function(
-        "product_block", "ptr %context, ptr noalias %v, ptr noalias %m, i64 %number, i64 %begin, i64 %end"
-    )
-    c = ContextReader(f, "weight", "list", "starts", "v_tap", "m_tap", "m_vector", "m_block", "out_channels")
-    count = _tiles_of_block(f, "%number")
-    groups = f.divmod(f.add(count, isa.rows - 1), isa.rows)[0]
-    small, larger = f.divmod(count, groups)
-    vectors = f.divmod(f.add(c["out_channels"], isa.width - 1), isa.width)[0]
-    with f.loop(transforms.t**2) as tap, f.loop("%end", start="%begin") as output:
-        v = f.offset("%v", f.mul(tap.index, c["v_tap"]))
-        m = f.add(f.mul(f.sub(output.index, "%begin"), c["m_block"]), f.mul(tap.index, c["m_tap"]))
-        m = f.offset("%m", m)
-        with f.loop(vectors_of(f, isa, output.index, c["out_channels"])) as column:
-            vector = f.add(f.mul(output.index, isa.columns), column.index)
-            start = f.offset(c["starts"], f.add(f.mul(tap.index, vectors), vector), "i64")
-            first, last = f.load("i64", start, 8), f.load("i64", f.offset(start, 1, "i64"), 8)
-            own = f.offset(m, f.mul(column.index, c["m_vector"]))
-            with f.loop(groups, carry=[("i64", "0")]) as group:
-                (done,) = group.values
-                # Groups of equal size, but for one tile.
-                rows = f.add(small, f.op(f"zext i1 {f.compare('slt', group.index, larger)} to i64"))
-                place = f.mul(done, isa.width)
-                f.call(
-                    "sparse", "ptr %context", f"ptr {f.offset(v, place)}", f"ptr {c['weight']}", f"ptr {c['list']}",
-                    f"ptr {f.offset(own, place)}", f"i64 {first}", f"i64 {last}", f"i64 {rows}",
                 )  # fmt: skip
                 group.next([f.add(done, rows)])
 
@@ -228,13 +193,13 @@ def _tiles(f: Function, transforms: Transforms, number: str) -> Generator[tuple[
     """A loop over the tiles of a block: place in the block, image, and the first row and column of the output."""
     c = ContextReader(f, "block", "tiles_high", "tiles_wide")
     before = f.mul(number, c["block"])
-    with f.loop(_tiles_of_block(f, number)) as loop:
+    with f.loop(tiles_of_block(f, number)) as loop:
         line, column = f.divmod(f.add(before, loop.index), c["tiles_wide"])
         image, row = f.divmod(line, c["tiles_high"])
         yield loop.index, image, f.mul(row, transforms.m), f.mul(column, transforms.m)
 
 
-def _tiles_of_block(f: Function, number: str) -> str:
+def tiles_of_block(f: Function, number: str) -> str:
     """`block`, or what is left for the last block."""
     c = ContextReader(f, "block", "tiles")
     return f.minimum(c["block"], f.sub(c["tiles"], f.mul(number, c["block"])))

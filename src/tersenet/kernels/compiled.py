@@ -6,17 +6,23 @@ import functools
 import hashlib
 import importlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tersenet.errors import TersenetError
 from tersenet.kernels import cache
+from tersenet.kernels.gemm import GEMM_TASKS, Gemm, generate_gemm
 from tersenet.kernels.generate import TASKS, Algorithm, generate
+from tersenet.kernels.pool import POOL_TASKS, Pool, generate_pool
 from tersenet.kernels.threads import Task
 
+Code = Algorithm | Gemm | Pool
+
 _lock = threading.Lock()
-_loaded: dict[Algorithm, Kernels] = {}
+_loaded: dict[Code, Kernels] = {}
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Kernels:
     tasks: dict[str, Task]
 
 
-def kernels(algorithm: Algorithm) -> Kernels:
+def kernels(algorithm: Code) -> Kernels:
     """The compiled tasks: compiled or read from disk once in a process, whichever thread comes first.
 
     Raises:
@@ -40,14 +46,14 @@ def kernels(algorithm: Algorithm) -> Kernels:
     return found
 
 
-def key(algorithm: Algorithm) -> bytes:
+def key(algorithm: Code) -> bytes:
     """Everything that the code depends on: processor, compiler, and the generator's own text."""
     llvm = _llvm()
     compiler = (importlib.import_module("llvmlite").__version__, llvm.llvm_version_info, llvm.get_process_triple())
     return repr((algorithm.name, algorithm.isa.cpu, compiler, _sources())).encode()
 
 
-def _load(algorithm: Algorithm) -> Kernels:
+def _load(algorithm: Code) -> Kernels:
     llvm = _llvm()
     try:
         llvm.initialize_native_target()
@@ -59,15 +65,25 @@ def _load(algorithm: Algorithm) -> Kernels:
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(algorithm))
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
-        return Kernels({name: Task(engine.get_function_address(name), engine) for name in TASKS})
+        tasks = _code(algorithm)[1]
+        return Kernels({name: Task(engine.get_function_address(name), engine) for name in tasks})
     except RuntimeError as error:
         raise TersenetError(f"LLVM can't make {algorithm.name} for this machine: {error}") from error
 
 
-def _compile(algorithm: Algorithm) -> bytes:
+def _code(algorithm: Code) -> tuple[Callable[[], str], tuple[str, ...]]:
+    """What makes the text of its module, and the names of its tasks."""
+    if isinstance(algorithm, Gemm):
+        return partial(generate_gemm, algorithm), GEMM_TASKS
+    if isinstance(algorithm, Pool):
+        return partial(generate_pool, algorithm), POOL_TASKS
+    return partial(generate, algorithm), TASKS
+
+
+def _compile(algorithm: Code) -> bytes:
     """Object code of the algorithm's module."""
     llvm = _llvm()
-    module = llvm.parse_assembly(generate(algorithm))
+    module = llvm.parse_assembly(_code(algorithm)[0]())
     machine = _machine(algorithm)
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # The code is vectorised and unrolled as it is meant to be.
@@ -77,7 +93,7 @@ def _compile(algorithm: Algorithm) -> bytes:
     return machine.emit_object(module)
 
 
-def _machine(algorithm: Algorithm) -> Any:
+def _machine(algorithm: Code) -> Any:
     llvm = _llvm()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     return target.create_target_machine(cpu=algorithm.isa.cpu, opt=3, jit=True)

@@ -17,13 +17,14 @@ _ROUNDER = 1.5 * 2**23  # adding and subtracting it rounds to whole numbers
 
 
 def residual_added(
-    f: Function, c: ContextReader, values: list[str], places: Sequence[str], lanes: str | None = None
+    f: Function, c: ContextReader, values: list[str], places: Sequence[str], masks: Sequence[str] | None = None
 ) -> list[str]:
-    """`values` plus what is at `places`, if the call has a residual."""
+    """`values` plus what is at `places`, with masks in their lanes only, if the call has a residual."""
+    lanes = masks or [None] * len(places)
     return f.choose(
         f.op(f"icmp ne ptr {c['r']}, null"),
         f.module.vector,
-        lambda: [f.vadd(value, f.vload(place, lanes)) for value, place in zip(values, places, strict=True)],
+        lambda: [f.vadd(value, f.vload(place, mask)) for value, place, mask in zip(values, places, lanes, strict=True)],
         lambda: values,
     )
 

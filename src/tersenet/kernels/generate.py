@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tersenet.errors import TersenetError
-from tersenet.kernels.blocks import block_functions
+from tersenet.kernels.blocks import block_functions, product_block
 from tersenet.kernels.blocks_scattered import scattered_functions
+from tersenet.kernels.blocks_sparse import sparse_product_block
 from tersenet.kernels.host import Isa
 from tersenet.kernels.ir import Module
 from tersenet.kernels.product import product_kernels
@@ -73,7 +74,9 @@ def generate(algorithm: Algorithm) -> str:
         return module.text()
     if algorithm.weight == "sparse":
         sparse_kernels(module, algorithm.isa)
+        sparse_product_block(module, algorithm.isa, transforms)
     else:
         product_kernels(module, algorithm.isa, algorithm.weight)
-    block_functions(module, algorithm.isa, transforms, algorithm.weight)
+        product_block(module, algorithm.isa, transforms, algorithm.weight)
+    block_functions(module, algorithm.isa, transforms)
     return module.text()

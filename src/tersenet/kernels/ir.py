@@ -5,18 +5,10 @@ Values are strings: a register (`%7`) or a constant. Indices are i64, pointers a
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 
-Number = Fraction | float
-
-
-def constant(value: Number) -> str:
-    """A float as LLVM reads it exactly: the bits of the double that equals the rounded float."""
-    rounded = struct.unpack("<f", struct.pack("<f", float(value)))[0]
-    return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
+from tersenet.kernels.ir_vectors import Vectors
 
 
 class Module:
@@ -53,11 +45,11 @@ class Loop:
         self.following = list(values)
 
 
-class Function:
+class Function(Vectors):
     """One function under construction; each method appends instructions and returns the register they set."""
 
     def __init__(self, module: Module, name: str, parameters: str, exported: bool, inline: bool) -> None:
-        self.module = module
+        super().__init__(module)
         linkage = "" if exported else "internal "
         extra = "alwaysinline" if inline else "noinline"
         self._head = f"define {linkage}void @{name}({parameters}) nounwind {extra} {module.attributes} {{\nentry:"
@@ -196,77 +188,6 @@ class Function:
             write()
             self.line(f"br label %end{number}")
         self._open(f"end{number}")
-
-    # -- vectors -------------------------------------------------------------------------------------------------------
-
-    def splat(self, value: Number) -> str:
-        """A constant vector."""
-        return "<" + ", ".join([f"float {constant(value)}"] * self.module.width) + ">"
-
-    def spread(self, scalar: str, kind: str = "float") -> str:
-        """A vector with a register in each lane."""
-        vector = f"<{self.module.width} x {kind}>"
-        one = self.op(f"insertelement {vector} poison, {kind} {scalar}, i64 0")
-        return self.op(f"shufflevector {vector} {one}, {vector} poison, <{self.module.width} x i32> zeroinitializer")
-
-    def lanes(self, count: str) -> str:
-        """The mask of the first `count` lanes."""
-        width = self.module.width
-        numbers = "<" + ", ".join(f"i64 {lane}" for lane in range(width)) + ">"
-        return self.op(f"icmp ult <{width} x i64> {numbers}, {self.spread(count, 'i64')}")
-
-    def vadd(self, a: str, b: str) -> str:
-        return self.op(f"fadd {self.module.vector} {a}, {b}")
-
-    def vsub(self, a: str, b: str) -> str:
-        return self.op(f"fsub {self.module.vector} {a}, {b}")
-
-    def vmul(self, a: str, b: str) -> str:
-        return self.op(f"fmul {self.module.vector} {a}, {b}")
-
-    def vmuladd(self, a: str, b: str, c: str) -> str:
-        """a b + c, in one rounding where the processor can."""
-        v = self.module.vector
-        name = f"@llvm.fmuladd.v{self.module.width}f32"
-        self.module.declarations.add(f"declare {v} {name}({v}, {v}, {v})")
-        return self.op(f"call {v} {name}({v} {a}, {v} {b}, {v} {c})")
-
-    def vpositive(self, a: str) -> str:
-        """max(a, 0); what is not a number stays so."""
-        v = self.module.vector
-        below = self.op(f"fcmp olt {v} {a}, zeroinitializer")
-        return self.op(f"select <{self.module.width} x i1> {below}, {v} zeroinitializer, {v} {a}")
-
-    def vload(self, pointer: str, mask: str | None = None, align: int = 4) -> str:
-        """A vector from memory; lanes outside `mask` are not read and are zero."""
-        v, w = self.module.vector, self.module.width
-        if mask is None:
-            return self.load(v, pointer, align)
-        self.module.declarations.add(f"declare {v} @llvm.masked.load.v{w}f32.p0(ptr, i32 immarg, <{w} x i1>, {v})")
-        return self.op(
-            f"call {v} @llvm.masked.load.v{w}f32.p0(ptr {pointer}, i32 {align}, <{w} x i1> {mask}, {v} zeroinitializer)"
-        )
-
-    def vload_as_float(self, kind: str, pointer: str) -> str:
-        """A vector from memory of floats or of another floating type."""
-        if kind == "float":
-            return self.vload(pointer)
-        narrow = f"<{self.module.width} x {kind}>"
-        return self.op(f"fpext {narrow} {self.load(narrow, pointer, 2)} to {self.module.vector}")
-
-    def vstore(self, value: str, pointer: str, mask: str | None = None, align: int = 4) -> None:
-        v, w = self.module.vector, self.module.width
-        if mask is None:
-            self.store(v, value, pointer, align)
-            return
-        self.module.declarations.add(f"declare void @llvm.masked.store.v{w}f32.p0({v}, ptr, i32 immarg, <{w} x i1>)")
-        self.line(
-            f"call void @llvm.masked.store.v{w}f32.p0({v} {value}, ptr {pointer}, i32 {align}, <{w} x i1> {mask})"
-        )
-
-    def prefetch(self, pointer: str) -> None:
-        self.module.declarations.add("declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)")
-        self.line(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 3, i32 1)")
 
     def _name(self) -> str:
         self._count += 1

@@ -25,8 +25,11 @@ def apply(f: Function, matrix: Rows, inputs: Sequence[str]) -> list[str]:
             continue
         same = [a == b for a, b in zip(row, rows[partner], strict=True)]
         even = combine(f, [a if s else Fraction() for a, s in zip(row, same, strict=True)], values)
-        odd = combine(f, [Fraction() if s else a for a, s in zip(row, same, strict=True)], values)
-        results[i], results[partner] = f.vadd(even, odd), f.vsub(even, odd)
+        factors = [Fraction() if s else a for a, s in zip(row, same, strict=True)]
+        # Half of it or twice as much has a plain term to start with, and the factor costs nothing in the sum.
+        factor = Fraction(1) if 1 in factors else next(filter(None, factors))
+        odd = combine(f, [a / factor for a in factors], values)
+        results[i], results[partner] = _plus(f, even, factor, odd), _plus(f, even, -factor, odd)
     return [results[i] if i in results else combine(f, row, values) for i, row in enumerate(rows)]
 
 
@@ -38,13 +41,15 @@ def combine(f: Function, factors: Sequence[Fraction], inputs: Sequence[str]) -> 
     if first != 1:
         total = f.vmul(f.splat(first), total)
     for a, x in rest:
-        if a == 1:
-            total = f.vadd(total, x)
-        elif a == -1:
-            total = f.vsub(total, x)
-        else:
-            total = f.vmuladd(f.splat(a), x, total)
+        total = _plus(f, total, a, x)
     return total
+
+
+def _plus(f: Function, total: str, a: Fraction, x: str) -> str:
+    """`total` + a x."""
+    if abs(a) == 1:
+        return f.vadd(total, x) if a == 1 else f.vsub(total, x)
+    return f.vmuladd(f.splat(a), x, total)
 
 
 def _mirrored(a: Sequence[Fraction], b: Sequence[Fraction]) -> bool:

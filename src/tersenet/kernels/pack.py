@@ -11,6 +11,7 @@ from torch import Tensor
 from tersenet.errors import TersenetError
 from tersenet.kernels.generate import POINTS, Algorithm, R
 from tersenet.kernels.host import host
+from tersenet.kernels.memory import settled
 from tersenet.kernels.product import QUAD
 
 WEIGHT_TYPES = {"float": torch.float32, "half": torch.float16}
@@ -117,7 +118,7 @@ def _packed(u: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Packed:
         scale = torch.exp2(_HALF_EXPONENT - torch.frexp(u.abs().amax((1, 2))).exponent.double())
     packed = torch.zeros(blocks * block, taps, padded_inputs, dtype=WEIGHT_TYPES[algorithm.weight], device="cpu")
     packed[:outputs, :, :inputs] = u * scale[:, None, None]
-    packed = packed.reshape(blocks, block, taps, padded_inputs).permute(0, 2, 3, 1).contiguous()
+    packed = settled(packed.reshape(blocks, block, taps, padded_inputs).permute(0, 2, 3, 1))
     padded = torch.zeros(2, blocks * block, dtype=torch.float32, device="cpu")
     if bias is not None:
         padded[0, :outputs] = bias.detach()

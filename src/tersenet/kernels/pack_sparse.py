@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from tersenet.kernels.generate import POINTS, Algorithm
 from tersenet.kernels.host import host
+from tersenet.kernels.memory import settled
 from tersenet.kernels.pack import check_domain
 from tersenet.kernels.scattered import SLICE
 
@@ -74,14 +75,14 @@ def pack_sparse(
     both[1] = 1
     if bias is not None:
         both[0, :outputs] = bias.detach()
-    return SparsePacked(algorithm, values, channels.to(torch.int32), starts, both, inputs, outputs)
+    return SparsePacked(algorithm, settled(values), settled(channels.to(torch.int32)), starts, both, inputs, outputs)
 
 
 def _in_blocks(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Values, input channels and starts."""
     blocks = pad(weight, (0, -weight.shape[2] % width)).unflatten(2, (-1, width)).transpose(1, 2)
     kept = (blocks != 0).any(3)
-    return blocks[kept].contiguous(), kept.nonzero()[:, 2], _starts(kept.sum(2))
+    return blocks[kept], kept.nonzero()[:, 2], _starts(kept.sum(2))
 
 
 def _single(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +90,7 @@ def _single(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     slices = pad(weight, (0, 0, 0, -weight.shape[1] % SLICE)).unflatten(1, (-1, SLICE)).transpose(2, 3)
     kept = slices != 0
     _, part, _, channel = kept.nonzero().unbind(1)
-    return slices[kept].contiguous(), (part * SLICE + channel) * width, _starts(kept.sum(3))
+    return slices[kept], (part * SLICE + channel) * width, _starts(kept.sum(3))
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from tersenet.kernels.generate import Algorithm
 from tersenet.kernels.product import QUAD
 from tersenet.kernels.scattered import GROUPS
 
-_L2_SHARE = 0.6  # of a core's second-level cache, for V or M of a block; weights pass through the rest
-_SPARSE_SHARE = 0.6  # for M alone, with a pruned weight: V passes by once, a tap at a time
+_SPARSE_SHARE = 0.6  # of a core's second-level cache, for M of a pruned weight: V passes by once, a tap at a time
 _BLOCK_TILES = 28  # more tiles use a weight more often, but V grows out of the cache: best from 64 to 512 channels
 _FEW_TILES = 64  # up to here one V for all tiles is small, and each weight is read once
 _UNITS_PER_THREAD = 4  # so that no thread waits long for the last one
@@ -38,14 +37,10 @@ def plan(algorithm: Algorithm, tiles: int, in_channels: int, out_channels: int, 
     if algorithm.weight == "scattered":
         return _scattered(algorithm, tiles, outputs, threads, l2_bytes)
     shared = tiles <= _FEW_TILES
-    output_step = 1
+    output_step = 1  # so that a weight is read in the order of memory
     if shared:
         blocks = -(-_UNITS_PER_THREAD * threads // outputs) if threads > 1 else 1
         block = max(isa.rows, -(-tiles // blocks))
-        budget = int(_L2_SHARE * l2_bytes)
-        if 4 * taps * block * in_channels > budget:  # V comes from afar each time: as many output channels as M allows
-            most = budget // (4 * taps * block * isa.channels)
-            output_step = max(1, min(most, outputs // (_UNITS_PER_THREAD * threads if threads > 1 else 1)))
     else:
         # A pruned weight is small, so it may be read again for every group of tiles.
         groups = 1 if algorithm.weight == "sparse" else round(_BLOCK_TILES / isa.rows)
@@ -54,9 +49,9 @@ def plan(algorithm: Algorithm, tiles: int, in_channels: int, out_channels: int, 
     if algorithm.weight == "sparse":
         # So little is multiplied that V passing by for each block of outputs would take longer than that.
         most = max(1, int(_SPARSE_SHARE * l2_bytes) // (4 * taps * block * isa.channels))
-        units = -(-outputs // most)
+        units = 1 if shared else -(-outputs // most)  # the V of all tiles comes from farther than any M
         if shared and threads > 1:
-            units = max(units, -(-_UNITS_PER_THREAD * threads * block // tiles))
+            units = -(-_UNITS_PER_THREAD * threads * block // tiles)
         output_step = -(-outputs // min(units, outputs))
     quads = (min(in_channels, _SLICE_CHANNELS) + QUAD - 1) // QUAD
     return Plan(min(block, tiles), shared, output_step, quads)

@@ -19,6 +19,7 @@ from tersenet.kernels.ir import Module
 # Input channels that one pass of the loop takes; the packed weights are padded to a multiple.
 QUAD = 4
 _LINE_BYTES = 64
+_VECTORS_AHEAD = 2  # of V, which may come from afar
 # How weights may be kept, and the bytes of one. They are made floats as they are loaded.
 WEIGHT_BYTES = {"float": 4, "half": 2}
 
@@ -66,12 +67,16 @@ def _kernel(module: Module, isa: Isa, weight: str, columns: int, rows: int, para
     with f.loop("%last", start="%first", carry=[(v, value) for value in start]) as loop:
         vector, quad = f.divmod(loop.index, per_vector)
         tile = f.offset(f.offset("%v", f.mul(vector, c["v_vector"])), f.mul(quad, QUAD))
+        following = f.offset(
+            "%v", f.add(f.mul(f.add(vector, _VECTORS_AHEAD), c["v_vector"]), f.mul(quad, QUAD * width))
+        )
         weights = f.offset("%u", f.mul(loop.index, QUAD * isa.channels), weight)
         ahead = f.offset("%ahead", f.mul(f.mul(f.sub(loop.index, "%first"), QUAD), "%pace"), weight)
         total = list(loop.values)
         for k in range(QUAD):
             for line in range(0, isa.channels, _LINE_BYTES // WEIGHT_BYTES[weight]):
                 f.prefetch(f.offset(f.offset(ahead, paces[k], weight), line, weight))
+            f.prefetch(f.offset(following, k * width))  # a tile's line
             lines = [f.offset(weights, k * isa.channels + column * width, weight) for column in range(columns)]
             loaded = [f.vload_as_float(weight, line) for line in lines]
             for row in range(rows):

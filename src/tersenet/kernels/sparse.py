@@ -15,7 +15,7 @@ from tersenet.kernels.context import ContextReader
 from tersenet.kernels.host import Isa
 from tersenet.kernels.ir import Function, Module
 
-_AHEAD = 32  # entries; the weights are read in order, and come from afar
+_AHEAD = 96  # entries; the weights are read in order, and come from afar
 _PARAMETERS = "ptr %context, ptr noalias %v, ptr noalias %u, ptr noalias %list, ptr noalias %m, i64 %first, i64 %last"
 
 

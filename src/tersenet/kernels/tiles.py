@@ -1,13 +1,14 @@
 """Input and output transforms of one tile for one vector of channels, in IR.
 
 Memory is channels-last: a pixel's channels lie together, so that a vector of channels is one load. Each transform has
-two variants: `inner` for whole tiles and whole vectors, and `careful` for the rest, which is copied pixel by pixel
-through the place that the tile has in V or M.
+two variants: `inner` for whole tiles and whole vectors, and `careful` for the rest, which reads and writes by masks.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 
 from tersenet.kernels.context import ContextReader
 from tersenet.kernels.epilogue import clamped, residual_added, silu
@@ -19,33 +20,39 @@ from tersenet.ops.cook_toom import Transforms
 def input_transforms(module: Module, transforms: Transforms, relu: bool) -> None:
     """`input_inner` and `input_careful`: B^T d B of one tile, with `relu` its ReLU. Tap k goes to `%v` + k `v_tap`.
 
-    `%x` is the tile's first pixel for `input_inner`, and the image's first for `input_careful`, which takes pixels
-    outside the image and channels beyond `%channels` as zero.
+    `%x` is the tile's first pixel. For `input_careful` it may lie outside the image: pixels from row `%top` and column
+    `%left` on that are outside, and channels from `%channels` on, are not read and count as zero.
     """
     t = transforms.t
     f = module.function("input_inner", "ptr %context, ptr noalias %x, ptr noalias %v")
     c = ContextReader(f, "x_row", "x_column", "v_tap")
     rows = [f.offset("%x", f.mul(c["x_row"], i)) for i in range(t)]
     columns = [f.mul(c["x_column"], j) for j in range(t)]
-    _input(f, transforms, relu, c["v_tap"], lambda i, j: f.vload(f.offset(rows[i], columns[j])))
+    _next_tile(f, transforms, rows, c["x_column"])
+    half = [apply(f, transforms.bt, [f.vload(f.offset(row, column)) for row in rows]) for column in columns]
+    _taps_of_input(f, transforms, relu, c["v_tap"], half)
 
     f = module.function(
         "input_careful", "ptr %context, ptr noalias %x, ptr noalias %v, i64 %top, i64 %left, i64 %channels"
     )
     c = ContextReader(f, "x_row", "x_column", "v_tap", "height", "width")
+    rows = [f.offset("%x", f.mul(c["x_row"], i)) for i in range(t)]
+    columns = [f.mul(c["x_column"], j) for j in range(t)]
+    _next_tile(f, transforms, rows, c["x_column"])
     lanes = f.lanes("%channels")
-    with f.loop(t) as i:
-        y, is_row = _moved_inside(f, f.add("%top", i.index), c["height"])
-        row = f.offset("%x", f.mul(y, c["x_row"]))
-        with f.loop(t) as j:
-            x, is_column = _moved_inside(f, f.add("%left", j.index), c["width"])
-            value = f.vload(f.offset(row, f.mul(x, c["x_column"])), lanes)
-            v = module.vector
-            value = f.op(f"select i1 {f.both(is_row, is_column)}, {v} {value}, {v} zeroinitializer")
-            tap = f.add(f.mul(i.index, t), j.index)
-            f.vstore(value, f.offset("%v", f.mul(c["v_tap"], tap)), align=4 * module.width)
-    taps = [[f.offset("%v", f.mul(c["v_tap"], i * t + j)) for j in range(t)] for i in range(t)]
-    _input(f, transforms, relu, c["v_tap"], lambda i, j: f.vload(taps[i][j], align=4 * module.width))
+    masks = [f.masked(lanes, _inside(f, f.add("%top", i), c["height"])) for i in range(t)]
+    half: list[list[str]] = []
+    for j, column in enumerate(columns):
+        places = [f.offset(row, column) for row in rows]
+        half.append(
+            f.choose(
+                _inside(f, f.add("%left", j), c["width"]),
+                module.vector,
+                partial(_half_column, f, transforms, places, masks),
+                lambda: ["zeroinitializer"] * t,
+            )
+        )
+    _taps_of_input(f, transforms, relu, c["v_tap"], half)
 
 
 def output_transforms(module: Module, transforms: Transforms) -> None:
@@ -56,10 +63,16 @@ def output_transforms(module: Module, transforms: Transforms) -> None:
     it has SiLU.
     """
     m = transforms.m
-    pointers = "ptr %context, ptr noalias %m, ptr noalias %bias, ptr noalias %r, ptr noalias %y"
+    pointers = "ptr %context, ptr noalias %m, ptr noalias %bias, ptr %r, ptr %y"
     f = module.function("output_inner", pointers)
     c = ContextReader(f, "m_tap", "y_row", "y_column", "r_row", "r_column", "low", "high", "r", "bias_scale")
     bias, scale = f.vload("%bias"), f.vload(f.offset("%bias", c["bias_scale"]))
+    next_tile = list(itertools.product(range(m), range(m, 2 * m)))
+    for i, j in next_tile:
+        f.prefetch(_pixel(f, c, "y", i, j), near=False)
+    with f.when(f.op(f"icmp ne ptr {c['r']}, null")):
+        for i, j in next_tile:
+            f.prefetch(_pixel(f, c, "r", i, j), near=False)
     for i, values in enumerate(_output(f, transforms, c["m_tap"])):
         values = [f.vmuladd(value, scale, bias) for value in values]
         values = residual_added(f, c, values, [_pixel(f, c, "r", i, j) for j in range(m)])
@@ -68,30 +81,38 @@ def output_transforms(module: Module, transforms: Transforms) -> None:
 
     f = module.function("output_careful", f"{pointers}, i64 %rows, i64 %columns, i64 %channels")
     c = ContextReader(f, "m_tap", "y_row", "y_column", "r_row", "r_column", "low", "high", "silu", "r", "bias_scale")
-    aligned = 4 * module.width
-    for i, values in enumerate(_output(f, transforms, c["m_tap"])):
-        for j, value in enumerate(values):
-            f.vstore(value, f.offset("%m", f.mul(c["m_tap"], i * m + j)), align=aligned)
     lanes = f.lanes("%channels")
+    masks = [f.masked(lanes, f.compare("sgt", "%columns", j)) for j in range(m)]
     bias, scale = f.vload("%bias"), f.vload(f.offset("%bias", c["bias_scale"]))
-    with f.loop(f.minimum("%rows", m)) as i, f.loop(f.minimum("%columns", m)) as j:
-        tap = f.add(f.mul(i.index, m), j.index)
-        value = f.vload(f.offset("%m", f.mul(c["m_tap"], tap)), align=aligned)
-        value = f.vmuladd(value, scale, bias)
-        values = residual_added(f, c, [value], [_pixel(f, c, "r", i.index, j.index)], lanes)
-        is_silu = f.compare("ne", c["silu"], 0)
-        (value,) = f.choose(
-            is_silu, module.vector, lambda: [silu(f, value) for value in values], lambda: clamped(f, c, values)
-        )
-        f.vstore(value, _pixel(f, c, "y", i.index, j.index), lanes)
+    is_silu = f.compare("ne", c["silu"], 0)
+    for i, values in enumerate(_output(f, transforms, c["m_tap"])):
+        with f.when(f.compare("sgt", "%rows", i)):
+            values = [f.vmuladd(value, scale, bias) for value in values]
+            values = residual_added(f, c, values, [_pixel(f, c, "r", i, j) for j in range(m)], masks)
+            values = f.choose(
+                is_silu, module.vector, partial(_each, partial(silu, f), values), partial(clamped, f, c, values)
+            )
+            for j, value in enumerate(values):
+                f.vstore(value, _pixel(f, c, "y", i, j), masks[j])
 
 
-def _input(f: Function, transforms: Transforms, relu: bool, v_tap: str, read: Callable[[int, int], str]) -> None:
-    """B^T d B, or its ReLU; everything is read before the first tap is written."""
-    t, bt = transforms.t, transforms.bt
-    half = [apply(f, bt, [read(i, j) for i in range(t)]) for j in range(t)]
+def _next_tile(f: Function, transforms: Transforms, rows: list[str], x_column: str) -> None:
+    """Bring near what the next tile in the row reads and this one doesn't."""
+    for j in range(transforms.t, transforms.t + transforms.m):
+        for row in rows:
+            f.prefetch(f.offset(row, f.mul(x_column, j)), near=False)
+
+
+def _half_column(f: Function, transforms: Transforms, places: list[str], masks: list[str]) -> list[str]:
+    """B^T d for one column of pixels; what a mask leaves out is zero."""
+    return apply(f, transforms.bt, [f.vload(place, mask) for place, mask in zip(places, masks, strict=True)])
+
+
+def _taps_of_input(f: Function, transforms: Transforms, relu: bool, v_tap: str, half: list[list[str]]) -> None:
+    """(B^T d) B, or its ReLU; `half` has the columns of B^T d."""
+    t = transforms.t
     for i in range(t):
-        for j, value in enumerate(apply(f, bt, [half[column][i] for column in range(t)])):
+        for j, value in enumerate(apply(f, transforms.bt, [column[i] for column in half])):
             value = f.vpositive(value) if relu else value
             f.vstore(value, f.offset("%v", f.mul(v_tap, i * t + j)), align=4 * f.module.width)
 
@@ -109,7 +130,10 @@ def _pixel(f: Function, c: ContextReader, name: str, row: str | int, column: str
     return f.offset(f"%{name}", f.add(f.mul(c[f"{name}_row"], row), f.mul(c[f"{name}_column"], column)))
 
 
-def _moved_inside(f: Function, place: str, size: str) -> tuple[str, str]:
-    """The nearest coordinate in the image, so that its address is valid, and whether `place` is in the image."""
-    inside = f.compare("ult", place, size)  # unsigned: what is negative is not inside either
-    return f.maximum(f.minimum(place, f.sub(size, 1)), 0), inside
+def _inside(f: Function, place: str, size: str) -> str:
+    """Whether a row or column is in the image."""
+    return f.compare("ult", place, size)  # unsigned: what is negative is not inside either
+
+
+def _each(function: Callable[[str], str], values: list[str]) -> list[str]:
+    return [function(value) for value in values]

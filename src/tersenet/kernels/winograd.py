@@ -18,13 +18,14 @@ from tersenet.kernels.compiled import kernels
 from tersenet.kernels.context import INDEX, Context
 from tersenet.kernels.generate import Algorithm
 from tersenet.kernels.layout import layout, output_shape
+from tersenet.kernels.memory import zeros
 from tersenet.kernels.plan import Plan
 from tersenet.kernels.threads import Task
 
 # Bounds of the result, as bits: what an activation cuts off. SiLU is no cut.
 _FREE = (-math.inf, math.inf)
 BOUNDS = {"none": _FREE, "relu": (0.0, math.inf), "relu6": (0.0, 6.0), "silu": _FREE}
-_BITS = {name: [struct.unpack("<I", struct.pack("<f", end))[0] for end in ends] for name, ends in BOUNDS.items()}
+BITS = {name: [struct.unpack("<I", struct.pack("<f", end))[0] for end in ends] for name, ends in BOUNDS.items()}
 _STRIDED = [("image", 0), ("row", 2), ("column", 3)]
 
 _X, _Y, _R, _SHARED, _SCRATCH = map(INDEX.__getitem__, "x y r shared scratch".split())
@@ -34,10 +35,10 @@ _kept = threading.local()
 
 
 class Tables(NamedTuple):
-    """A packed weight: of a pruned one `list` and `starts` too."""
+    """A packed weight, if there is one: of a pruned one `list` and `starts` too."""
 
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     list: Tensor | None = None
     starts: Tensor | None = None
 
@@ -72,9 +73,12 @@ class Call:
     floats: int
     shared_bytes: int
 
-    def run(self, x: Tensor, tables: Tables, residual: Tensor | None) -> Tensor:
-        """On tensors with the sizes, strides and types that the call was made for: nothing is checked."""
-        y = torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    def run(self, x: Tensor, tables: Tables, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """On tensors with the sizes, strides and types that the call was made for: nothing is checked. `out` may be the
+        residual, if that is contiguous in channels-last memory."""
+        y = out
+        if y is None:
+            y = torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         if not self.tasks:
             return y
         memory = _memory(self.floats)
@@ -117,7 +121,7 @@ def call(
         if strides is not None:
             for axis, dimension in _STRIDED:
                 context[INDEX[f"{name}_{axis}"]] = strides[dimension]
-    context[INDEX["low"]], context[INDEX["high"]] = _BITS[activation]
+    context[INDEX["low"]], context[INDEX["high"]] = BITS[activation]
     context[INDEX["silu"]] = activation == "silu"
     made = kernels(algorithm).tasks
     tasks = tuple(made[name] for name in (("run_input", "run_product") if laid.shared else ("run_private",)))
@@ -133,6 +137,6 @@ def _channels_last(x: Tensor) -> Tensor:
 def _memory(floats: int) -> int:
     """Address of scratch memory that this Python thread keeps from call to call; aligned to a cache line."""
     if getattr(_kept, "floats", -1) < floats:
-        _kept.memory = torch.empty(floats, dtype=torch.float32, device="cpu")
+        _kept.memory = zeros((floats,))
         _kept.floats, _kept.address = floats, _kept.memory.data_ptr()
     return _kept.address

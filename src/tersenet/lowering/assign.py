@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, fx, nn
 
 from tersenet.errors import GraphError, TersenetError
 from tersenet.exporting.program import first_line
-from tersenet.lowering.choose import Size, compiled, ranking, times_of
+from tersenet.lowering.choose import Size, compiled, described, ranking
+from tersenet.lowering.contest import layers_timed
 from tersenet.lowering.layers import CHOICES, AnyLayer, DomainLayer, has_half, is_generated
 from tersenet.lowering.modules import build
 from tersenet.lowering.report import LoweredLayer
+from tersenet.lowering.timings import Times, remembered
 
 _LAYER_ERROR = 1e-4
 _HALF_LAYER_ERROR = 1e-2
@@ -74,24 +77,30 @@ def chosen(
 ) -> tuple[LoweredLayer, ...]:
     """Put the best kernel of small error in the place of each layer, and say which."""
     found: dict[str, LoweredLayer] = {}
-    candidates: dict[str, list[str]] = {}
-    times: dict[str, dict[str, float]] = {}
-    for target, layer in layers.items():
-        fitting = [name for name in offered if layer.fits(name)]
-        if forced is not None:
-            candidates[target] = sorted(fitting, key=(forced, "direct", "torch").index)
-        else:
-            times[target] = times_of(layer, sizes[target], _timed(layer, fitting))
-            candidates[target] = [*ranking(times[target]), "torch"]
+    built: dict[tuple[str, str], nn.Module] = {(target, "torch"): graph.get_submodule(target) for target in layers}
+
+    def kernel(target: str, name: str) -> nn.Module:
+        if (target, name) not in built:
+            built[target, name] = build(layers[target], name, sizes[target])
+        return built[target, name]
+
+    fitting = {target: [name for name in offered if layer.fits(name)] for target, layer in layers.items()}
+    times: Times = {}
+    if forced is not None:
+        candidates = {target: sorted(names, key=(forced, "direct", "torch").index) for target, names in fitting.items()}
+    else:
+        times = _times(graph, layers, sizes, fitting, inputs, kernel)
+        candidates = {target: [*ranking(times[target]), "torch"] for target in layers}
 
     def hook(target: str) -> Callable[..., None]:
         def judge(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             layer, rejected = layers[target], list[str]()
             for name in candidates[target]:
-                kernel = module if name == "torch" else build(layer, name, sizes[target])
-                error = 0.0 if name == "torch" else distance(kernel(*args), output)
+                # The copies are for layers that write over their residual.
+                copies = (x.clone() for x in args[1:])
+                error = 0.0 if name == "torch" else distance(kernel(target, name)(args[0], *copies), output)
                 if error <= (_HALF_LAYER_ERROR if name.endswith("half") else _LAYER_ERROR) or name == "torch":
-                    graph.add_module(target, kernel)
+                    graph.add_module(target, kernel(target, name))
                     density = layer.density if isinstance(layer, DomainLayer) else None
                     taken = (name, times.get(target, {}), error, density, tuple(rejected))
                     found[target] = LoweredLayer(layer.name, layer.kind, sizes[target], *taken)
@@ -107,6 +116,31 @@ def chosen(
             stack.callback(handle.remove)
         run_graph(graph, inputs)
     return tuple(found[target] for target in layers)
+
+
+def _times(
+    graph: fx.GraphModule,
+    layers: dict[str, AnyLayer],
+    sizes: dict[str, Size],
+    fitting: dict[str, list[str]],
+    inputs: tuple[Tensor, ...],
+    kernel: Callable[[str, str], nn.Module],
+) -> Times:
+    """Of each layer's kernels, in the network; measured or remembered."""
+    # Packed weights come first: a layer that has no kernel of some choice runs its first one then.
+    contenders = {
+        target: sorted(_timed(layer, fitting[target]), key=lambda name: name == "torch")
+        for target, layer in layers.items()
+    }
+
+    def measured() -> Times:
+        kernels = {target: {name: kernel(target, name) for name in names} for target, names in contenders.items()}
+        return layers_timed(graph, kernels, partial(run_graph, graph, inputs))
+
+    network = (graph.code, [tuple(x.shape) for x in inputs])
+    each = [(described(layer), sizes[target], contenders[target]) for target, layer in layers.items()]
+    pairs = [(layers[target], name) for target, names in contenders.items() for name in names]
+    return remembered("network", (network, each), contenders, measured, pairs) if layers else {}
 
 
 def _timed(layer: AnyLayer, fitting: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from tersenet.graph.trace import tensors_in
 from tersenet.lowering.assign import channels_last, distance
 from tersenet.lowering.lower import Lowered, lower
 from tersenet.lowering.peers import PEERS, Runner
-from tersenet.measuring.turns import in_turns
+from tersenet.measuring.turns import warm_in_turns
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Bench:
         """For JSON."""
         return asdict(self)
 
+    @property
+    def title(self) -> str:
+        """Such as `batch 8, 2 threads`."""
+        return f"batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
 
 def bench(
     model: nn.Module,
@@ -59,8 +64,9 @@ def bench(
 ) -> tuple[Bench, Lowered]:
     """`model` lowered, against `peers`, all float32 and on the same number of threads.
 
-    Every round runs each once and starts with another one. Weights are packed and memory is channels-last before time
-    is taken, where a runtime can do that.
+    Every round gives each a turn, and starts with another one. A turn is two passes, of which the second is timed: by
+    then the threads of the runtime before it sleep, and its own weights are where a loop of passes finds them. Weights
+    are packed and memory is channels-last before time is taken, where a runtime can do that.
 
     Raises:
         TersenetError: an unknown peer, rounds or threads below 1.
@@ -90,7 +96,7 @@ def bench(
                     runners.pop(peer, None)
                     missing[peer] = first_line(error)
             errors = {name: _error(run(), expected) for name, run in runners.items()}
-            times = in_turns(runners, rounds)
+            times = warm_in_turns(runners, rounds)
     finally:
         torch.set_num_threads(before)
     timings = {name: _timing(times[name], errors[name]) for name in runners}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from tersenet.lowering.program import attribute, constant, reader
 from tersenet.nn import winograd_relu_operator
+from tersenet.nn.adapter import select_channels
 
 _aten = torch.ops.aten
 # Its weight has output channels last.
@@ -29,14 +30,16 @@ _LAYERS = frozenset(
 # torch.export's own form, and the one that is left when it has been made functional.
 _BATCH_NORM = _aten.batch_norm.default
 _FUNCTIONAL_NORM = _aten._native_batch_norm_legit_no_training.default
+_NORMS = (_BATCH_NORM, _FUNCTIONAL_NORM)
 
 
 @dataclass(frozen=True)
 class _Affine:
-    """y * scale + shift for each channel, float64; `nodes` compute it, the last one gives the result."""
+    """y * scale + shift for each channel, float64; `nodes` compute it of `source`, the last one gives the result."""
 
     scale: Tensor
     shift: Tensor
+    source: fx.Node
     nodes: tuple[fx.Node, ...]
 
 
@@ -64,23 +67,46 @@ def _fold(made: fx.GraphModule, layer: fx.Node, affine: _Affine) -> bool:
     new = [attribute(made, value.to(weight.dtype), layer) for value in (scaled, shifted)]
     layer.args = (args[0], *new, *args[3:])
     layer.kwargs = kept
-    affine.nodes[-1].replace_all_uses_with(layer)
+    affine.nodes[-1].replace_all_uses_with(affine.source)
     for node in reversed(affine.nodes):
         made.graph.erase_node(node)
     return True
 
 
 def _affine(made: fx.GraphModule, layer: fx.Node) -> _Affine | None:
-    """The batch norm, factor or summand that alone reads `layer`."""
-    node = reader(layer)
-    value = layer.meta["val"]
-    if node is None or value.dim() < 2 or (layer.target is _aten.linear.default and value.dim() != 2):
+    """The batch norm, factor or summand that alone reads `layer`, as it is for the layer's channels: they may be put in
+    another order before."""
+    value, order = layer.meta["val"], _order(made, reader(layer))
+    source = layer if order is None else reader(layer)
+    node = None if source is None else reader(source)
+    if node is None or source is None or value.dim() < 2:
         return None
-    if node.target in (_BATCH_NORM, _FUNCTIONAL_NORM):
-        return _norm(made, layer, node)
+    if layer.target is _aten.linear.default and value.dim() != 2:
+        return None
+    found = _norm(made, source, node) if node.target in _NORMS else _term(made, source, node)
+    if found is None or order is None:
+        return found
+    scale, shift = torch.empty_like(found.scale), torch.empty_like(found.shift)
+    scale[order], shift[order] = found.scale, found.shift
+    return replace(found, scale=scale, shift=shift)
+
+
+def _order(made: fx.GraphModule, node: fx.Node | None) -> Tensor | None:
+    """The channel that `node` takes to each place, if it puts all of them in another order."""
+    if node is None or node.target is not select_channels or node.args[1] != 1:
+        return None
+    order = constant(made, node.args[2])
+    if order is None or not torch.equal(order.sort().values, torch.arange(node.meta["val"].shape[1])):
+        return None
+    return order
+
+
+def _term(made: fx.GraphModule, source: fx.Node, node: fx.Node) -> _Affine | None:
+    """A factor or a summand."""
+    value = source.meta["val"]
     if node.target not in (_aten.mul.Tensor, _aten.add.Tensor) or node.kwargs or len(node.args) != 2:
         return None
-    other: Any = node.args[1] if node.args[0] is layer else node.args[0]
+    other: Any = node.args[1] if node.args[0] is source else node.args[0]
     operand = constant(made, other)
     if operand is None or operand.dtype != value.dtype or node.meta["val"].shape != value.shape:
         return None
@@ -88,15 +114,15 @@ def _affine(made: fx.GraphModule, layer: fx.Node) -> _Affine | None:
     if channels is None:
         return None
     if node.target is _aten.mul.Tensor:
-        return _Affine(channels, torch.zeros_like(channels), (node,))
-    return _Affine(torch.ones_like(channels), channels, (node,))
+        return _Affine(channels, torch.zeros_like(channels), source, (node,))
+    return _Affine(torch.ones_like(channels), channels, source, (node,))
 
 
-def _norm(made: fx.GraphModule, layer: fx.Node, node: fx.Node) -> _Affine | None:
+def _norm(made: fx.GraphModule, source: fx.Node, node: fx.Node) -> _Affine | None:
     functional = node.target is _FUNCTIONAL_NORM
     result = reader(node) if functional else node
     weight, bias, mean, variance = (constant(made, arg) for arg in node.args[1:5])
-    if node.args[0] is not layer or result is None or mean is None or variance is None:
+    if node.args[0] is not source or result is None or mean is None or variance is None:
         return None
     if (functional and result.args[1:] != (0,)) or (not functional and node.args[5]):
         return None
@@ -107,7 +133,8 @@ def _norm(made: fx.GraphModule, layer: fx.Node, node: fx.Node) -> _Affine | None
     if weight is not None:
         scale = scale * weight.double()
     shift = -mean.double() * scale
-    return _Affine(scale, shift if bias is None else shift + bias.double(), tuple(dict.fromkeys((node, result))))
+    shift = shift if bias is None else shift + bias.double()
+    return _Affine(scale, shift, source, tuple(dict.fromkeys((node, result))))
 
 
 def _per_channel(operand: Tensor, shape: tuple[Any, ...]) -> Tensor | None:

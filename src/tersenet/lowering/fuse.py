@@ -12,6 +12,7 @@ from torch import fx
 from tersenet.lowering.layers import AnyLayer, DomainLayer, Layer, Pair
 from tersenet.lowering.modules import reference
 from tersenet.lowering.program import constant, erase, reader
+from tersenet.lowering.reuse import with_reuse
 from tersenet.nn.winograd_relu_operator import OPERATOR, geometry_of
 
 _aten = torch.ops.aten
@@ -37,7 +38,7 @@ def fuse(made: fx.GraphModule) -> dict[str, AnyLayer]:
         layer = _fused(made, node, f"layer_{number}")
         if layer is not None:
             found[f"layer_{number}"] = layer
-    return dict(reversed(found.items()))
+    return with_reuse(made, dict(reversed(found.items())))
 
 
 def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> AnyLayer | None:

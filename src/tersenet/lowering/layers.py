@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersenet.kernels.compiled import Code
+from tersenet.kernels.gemm import Gemm
 from tersenet.kernels.generate import OUTPUTS, Algorithm, R
 from tersenet.kernels.host import host
 from tersenet.ops.winograd_tiles import Geometry
@@ -26,12 +28,17 @@ WINOGRAD = {
 SPARSE = ("sparse", "scattered")
 """Choices that leave out what is pruned, by F(m, 3) of the layer's own m: blocks of a vector of output channels that
 are all zero, or single weights."""
-CHOICES = ("torch", "direct", *WINOGRAD, *SPARSE)
+GEMM = "gemm"
+"""The generated kernel for dense convolutions, a product of matrices."""
+CHOICES = ("torch", "direct", GEMM, *WINOGRAD, *SPARSE)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """activation(conv2d(x, weight, bias) + residual). `weight` (C_out, C_in / groups, kH, kW), `bias` (C_out,)."""
+    """activation(conv2d(x, weight, bias) + residual). `weight` (C_out, C_in / groups, kH, kW), `bias` (C_out,).
+
+    `reuse`: the result may be written over the residual, which nobody reads any more.
+    """
 
     name: str
     weight: Tensor = field(repr=False)
@@ -42,6 +49,7 @@ class Layer:
     groups: int
     residual: bool
     activation: str
+    reuse: bool = False
 
     @property
     def fits_winograd(self) -> bool:
@@ -50,10 +58,14 @@ class Layer:
 
     def fits(self, choice: str) -> bool:
         """Whether the kernel `choice` can compute this."""
+        if choice == GEMM:
+            return self.groups == 1 and self.dilation == (1, 1)
         return choice in ("torch", "direct") or (choice in WINOGRAD and self.fits_winograd)
 
-    def algorithm(self, choice: str) -> Algorithm:
-        """Of a Winograd choice, on this processor. Raises: TersenetError where there are no kernels."""
+    def algorithm(self, choice: str) -> Code:
+        """Of a generated choice, on this processor. Raises: TersenetError where there are no kernels."""
+        if choice == GEMM:
+            return Gemm(host().isa())
         m, kept = WINOGRAD[choice]
         return Algorithm(m, host().isa(), kept)
 
@@ -87,7 +99,7 @@ class DomainLayer:
     """activation(A^T [sum over C_in of W * V] A + bias + residual) with V = B^T d B, or its ReLU, for every tile d.
 
     `weight` (t t, C_in, C_out) is in the Winograd domain, zero where it is pruned; `bias` (C_out,), A^T (m, t), B^T
-    (t, t). `points` is the name of the set that these come from, if it has one.
+    (t, t). `points` is the name of the set that these come from, if it has one. `reuse` as of `Layer`.
     """
 
     name: str
@@ -100,6 +112,7 @@ class DomainLayer:
     geometry: Geometry
     residual: bool
     activation: str
+    reuse: bool = False
 
     @property
     def hindrance(self) -> str | None:
@@ -169,6 +182,11 @@ def _epilogue(residual: bool, activation: str) -> str:
 
 def is_generated(choice: str) -> bool:
     """Whether it is a kernel of ours."""
+    return choice == GEMM or rounds_more(choice)
+
+
+def rounds_more(choice: str) -> bool:
+    """Whether its results are less exact than a plain convolution's."""
     return choice in SPARSE or choice in WINOGRAD
 
 

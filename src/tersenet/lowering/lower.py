@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
 from tersenet.errors import GraphError, TersenetError, UnknownNameError
+from tersenet.graph.copies import copied
 from tersenet.graph.model import random_like
 from tersenet.graph.precision import full_float32
 from tersenet.graph.record import input_of
-from tersenet.graph.trace import evaluating, tensors_in
-from tersenet.lowering.assign import channels_last, chosen, distance, kernels_offered, run_graph, sizes_of
+from tersenet.lowering.assign import channels_last, chosen, kernels_offered, sizes_of
 from tersenet.lowering.fold import fold_affine
 from tersenet.lowering.fuse import fuse
 from tersenet.lowering.layers import CHOICES
 from tersenet.lowering.modules import TorchConvolution, TorchDomain
+from tersenet.lowering.parts import lower_parts, merged
+from tersenet.lowering.pools import with_pools
 from tersenet.lowering.program import program
 from tersenet.lowering.report import LoweredReport
+from tersenet.lowering.verdict import ORDERED, compare, faster_than_lowered, in_order, passes
 from tersenet.models.usable import unwrapped
 
 _ERROR = 1e-3
@@ -32,25 +36,47 @@ class Lowered(nn.Module):
     """A network for inference on this machine: call it like the original, with any batch size. `report` says what was
     done. It has no gradients, and neither moves to another device nor saves: save the original and lower it again."""
 
-    def __init__(self, graph: fx.GraphModule, inputs: tuple[Tensor, ...], report: LoweredReport) -> None:
+    def __init__(
+        self,
+        graph: nn.Module,
+        inputs: tuple[Tensor, ...] | None,
+        report: LoweredReport,
+        order: Callable[[Tensor], Tensor] = channels_last,
+    ) -> None:
+        """Args:
+        inputs: the example, whose sizes are the only ones; None: `graph` takes whatever the network took.
+        order: puts an input into the memory order that `graph` is made for.
+        """
         super().__init__()
         self.graph = graph
         self.report = report
-        self._inputs = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
+        self._inputs = None if inputs is None else tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
+        self._order = order
         super().train(False)
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         """Raises: TersenetError for inputs of another size, kind or device than the example's."""
+        problem = self.problem(inputs)
+        if problem is not None:
+            raise TersenetError(problem)
+        with torch.no_grad():
+            return self.graph(*inputs) if self._inputs is None else self.graph(*map(self._order, inputs))
+
+    def problem(self, inputs: tuple[Any, ...]) -> str | None:
+        """Why it does not take these inputs; None if it does."""
+        if self._inputs is None:
+            return None
         if len(inputs) != len(self._inputs):
-            raise TersenetError(f"this lowered network takes {len(self._inputs)} inputs, not {len(inputs)}")
+            return f"this lowered network takes {len(self._inputs)} inputs, not {len(inputs)}"
         for number, (x, (shape, dtype)) in enumerate(zip(inputs, self._inputs, strict=True)):
+            if not isinstance(x, Tensor):
+                return f"input {number} of this lowered network must be a tensor, not {type(x).__name__}"
             if x.shape[1:] != shape or x.dtype != dtype or x.device.type != "cpu":
-                raise TersenetError(
+                return (
                     f"input {number} (={x.dtype} {tuple(x.shape)} on {x.device}) must be {dtype} of shape "
                     f"{('N', *shape)} on the CPU, for which the network was lowered: lower it again for this one"
                 )
-        with torch.no_grad():
-            return self.graph(*map(channels_last, inputs))
+        return None
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode. Raises: TersenetError if training is asked for."""
@@ -71,22 +97,25 @@ def lower(
     """A copy of `model` for inference on this machine's CPU. The model is not changed.
 
     Batch norms are folded, sums and activations fused into convolutions, weights packed, memory is channels-last, and
-    each convolution runs on the kernel that was fastest when it was measured here. Times are kept in the user's cache
-    folder.
+    each convolution runs on the kernel that was fastest when it was measured here, in the network. A network that is
+    not faster lowered stays as it was. Times are kept in the user's cache folder. Of one that torch.export does not
+    take, parts are lowered, as large as possible.
 
     Args:
-        model: float32, on the CPU; torch.export has to take it.
+        model: float32, on the CPU; torch.export has to take it, or modules of it with convolutions.
         example: what forward takes: a tensor (N, ...) or a tuple of them. Its batch is what is measured with; any
             batch size runs. Other sizes are fixed.
         half: also try weights kept in 16 bits; they are less exact.
-        choice: `torch`, `direct`, `F2`, `F4`, `F6`, `F2 half`, `F4 half`, `sparse` or `scattered` for every layer that
-            it fits, unmeasured; for the others `direct`, and `torch` where that does not fit. None: measure.
+        choice: `torch`, `direct`, `gemm`, `F2`, `F4`, `F6`, `F2 half`, `F4 half`, `sparse` or `scattered` for
+            every layer that it fits, unmeasured; for the others `direct`, and `torch` where that does not fit. None:
+            measure.
         threads: how many to measure with; by default torch's current number. The result runs on torch's number.
         tolerance: largest relative L2 error of an output; by default 1e-3, with 16-bit weights 5e-2.
 
     Raises:
         TersenetError: another type or device, an unknown choice, threads below 1.
-        GraphError: the network can't be exported, or the lowered one's outputs differ by more than `tolerance`.
+        GraphError: no part of the network can be exported, or the lowered one's outputs differ by more than
+            `tolerance`.
     """
     model = unwrapped(model)
     inputs: tuple[Tensor, ...] = tuple(example) if isinstance(example, (tuple, list)) else (example,)  # pyright: ignore
@@ -96,10 +125,19 @@ def lower(
     limit = tolerance if tolerance is not None else _HALF_ERROR if uses_half else _ERROR
     notes: list[str] = []
     with _threads(threads), full_float32(), torch.no_grad():
-        made = program(model, inputs)
+        try:
+            made = program(model, inputs)
+        except GraphError as error:
+            settings = {"half": half, "choice": choice, "tolerance": tolerance}
+            network, reports = lower_parts(model, inputs, partial(lower, **settings))
+            if not reports:
+                raise
+            return Lowered(network, None, merged(reports, str(error), len(inputs[0]), torch.get_num_threads()))
         folded = fold_affine(made)
         layers = fuse(made)
         graph = _owned(made)
+        if choice != "torch":
+            with_pools(graph)
         noise = random_like(inputs, seed=0)
         sizes = sizes_of(graph, layers, noise)
         offered = kernels_offered(half, choice, notes, layers.values())
@@ -111,8 +149,17 @@ def lower(
         error = 0.0
         for size in (batch, batch + 1):
             again = tuple(x if len(x) == size else torch.cat([x, x[:1]]) for x in noise)
-            error = max(error, _compare(model, graph, again, size, limit))
-    return Lowered(graph, inputs, LoweredReport(found, error, folded, dict(other), batch, used, tuple(notes)))
+            error = max(error, compare(model, graph, again, size, limit))
+        times = passes(model, graph, found, layers, noise) if choice is None else {}
+        best = faster_than_lowered(times) if times else None
+        if best is not None:
+            notes.append("the network itself was faster than lowered, so it stays as it was")
+            report = LoweredReport((), 0.0, 0, {}, batch, used, tuple(notes), times, True)
+            if best == ORDERED:
+                return Lowered(in_order(model), inputs, report)
+            return Lowered(copied(model).eval().requires_grad_(False), inputs, report, lambda x: x)
+    report = LoweredReport(found, error, folded, dict(other), batch, used, tuple(notes), times)
+    return Lowered(graph, inputs, report)
 
 
 def _check(model: nn.Module, inputs: tuple[Tensor, ...], choice: str | None, threads: int | None) -> None:
@@ -157,18 +204,3 @@ def _owned(made: fx.GraphModule) -> fx.GraphModule:
 def _operator(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     return schema.name.rpartition("::")[2] if schema is not None else getattr(node.target, "__name__", str(node.target))
-
-
-def _compare(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Tensor, ...], batch: int, limit: float) -> float:
-    """The largest distance of an output. Raises: GraphError if it is above `limit`."""
-    with evaluating(model):
-        expected = tensors_in(run_graph(model, tuple(x.clone() for x in inputs)))
-    outputs = tensors_in(run_graph(graph, inputs))
-    pairs = list(zip(outputs, expected, strict=True))
-    error = max((distance(a, b) if a.shape == b.shape else float("inf") for a, b in pairs), default=0.0)
-    if not error <= limit:
-        raise GraphError(
-            f"the lowered {type(model).__name__} differs from the network by {error:.1e} (relative L2 distance at "
-            f"batch size {batch}), more than the tolerance of {limit:.0e}. Try choice='F2' or 'direct', without half"
-        )
-    return error

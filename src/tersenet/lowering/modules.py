@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode as _mode  # pyright: ignore[reportPrivateUsage]
 
 from tersenet.kernels import threads
+from tersenet.kernels.gemm_call import gemm_call, pack_gemm
 from tersenet.kernels.operator import winograd_conv2d
 from tersenet.kernels.pack import Packed, pack, pack_domain
 from tersenet.kernels.pack_sparse import SparsePacked, pack_sparse
 from tersenet.kernels.sparse_operator import sparse_winograd_conv2d
 from tersenet.kernels.winograd import BOUNDS, Call, Tables
 from tersenet.kernels.winograd import call as prepared
-from tersenet.lowering.layers import SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
+from tersenet.lowering.calls import key_of, watched
+from tersenet.lowering.layers import GEMM, SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
 from tersenet.ops.winograd import kronecker
 from tersenet.ops.winograd_relu import Activation as Winograd
 from tersenet.ops.winograd_relu import winograd_relu_conv2d
@@ -80,6 +81,51 @@ class TorchDomain(nn.Module):
         return self._activation(y if residual is None else y.add_(residual))
 
 
+class GemmConvolution(TorchConvolution):
+    """The generated dense kernel; plain torch for whoever watches operators, and for other types or memory orders."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._packed = pack_gemm(layer.weight, layer.bias)
+        self._moves, self._reuse = (self._packed.kernel, layer.stride, layer.padding), layer.reuse
+        self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation]
+        self._cut_off = layer.activation if self._function is None else "none"
+        self._calls: dict[tuple[Any, ...], Call | None] = {}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if watched(x):
+            return super().forward(x, residual)
+        key = key_of(x, residual)
+        if key not in self._calls:
+            self._calls[key] = self._call(x, residual)
+        call = self._calls[key]
+        if call is None:
+            return super().forward(x, residual)
+        y = call.run(x, self._packed.tables, residual, residual if self._reuse else None)
+        return y if self._function is None else self._function(y)
+
+    def _call(self, x: Tensor, residual: Tensor | None) -> Call | None:
+        """None where the kernel does not take these tensors."""
+        packed = self._packed
+        if x.dtype != torch.float32 or not x.is_cpu or x.dim() != 4 or x.shape[1] != packed.in_channels:
+            return None
+        together = x.stride(1) == 1 or x.shape[1] == 1
+        if not together or (packed.kernel[1] > 1 and x.shape[3] > 1 and x.stride(3) != x.shape[1]):
+            return None
+        sizes = (tuple(x.shape), x.stride(), residual is not None)
+        settings = (packed.out_channels, self._cut_off, threads.available())
+        call = gemm_call(packed.algorithm, *sizes, *self._moves, *settings)
+        if min(call.shape[2:]) < 1:
+            return None  # torch says what is wrong
+        if residual is None:
+            return call
+        same = residual.shape == call.shape and residual.dtype == torch.float32 and residual.is_cpu
+        return call if same and residual.is_contiguous(memory_format=torch.channels_last) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GemmConvolution:
+        return self  # it never changes
+
+
 class DirectConvolution(nn.Module):
     """oneDNN's convolution with its weight packed once, bias, sum and activation in one pass."""
 
@@ -97,6 +143,7 @@ class DirectConvolution(nn.Module):
         self._function = ACTIVATIONS[layer.activation]
         name, scalars = _ONEDNN[layer.activation]
         self._post = (name, scalars, "")
+        self._reuse = layer.reuse
         unary = "relu" if layer.activation == "relu" else None
         self._binary = ("add", 1.0, unary, [], "")
 
@@ -104,33 +151,25 @@ class DirectConvolution(nn.Module):
         run = torch.ops.mkldnn._convolution_pointwise
         if residual is None:
             return run.default(x, self._weight, self._bias, *self._settings, *self._post)
-        y = run.binary(x, residual, self._weight, self._bias, *self._settings, *self._binary)
+        if self._reuse and not watched(x) and residual.is_contiguous(memory_format=torch.channels_last):
+            run = torch.ops.mkldnn._convolution_pointwise_
+            y = run.binary(residual, x, self._weight, self._bias, *self._settings, *self._binary)
+        else:
+            y = run.binary(x, residual, self._weight, self._bias, *self._settings, *self._binary)
         return self._function(y) if self._apart else y
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DirectConvolution:
         return self  # it never changes
 
 
-def _watched(x: Tensor) -> bool:
-    """Whether somebody looks at operators, or `x` is no plain tensor: then it has to be an operator of torch."""
-    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or _mode() is not None
-    return watched or type(x) is not Tensor
-
-
-def _key(x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
-    """What decides whether an earlier check, and what was worked out then, holds."""
-    other = None if residual is None else (residual.dtype, residual.device, residual.shape, residual.stride())
-    return x.dtype, x.device, x.shape, x.stride(), other, torch.get_num_threads()
-
-
 class WinogradConvolution(nn.Module):
     """The generated kernels, with their weight packed once. The way through torch's operator takes longer than a small
     layer, and is taken once for each size."""
 
-    def __init__(self, packed: Packed | SparsePacked, padding: Pair, activation: str) -> None:
+    def __init__(self, packed: Packed | SparsePacked, padding: Pair, activation: str, reuse: bool = False) -> None:
         super().__init__()
         self._packed = packed
-        self._padding = padding
+        self._padding, self._reuse = padding, reuse
         self._function = None if activation in BOUNDS else ACTIVATIONS[activation]
         self._activation = activation if self._function is None else "none"
         lists = (packed.list, packed.starts) if isinstance(packed, SparsePacked) else ()
@@ -138,15 +177,18 @@ class WinogradConvolution(nn.Module):
         self._calls: dict[tuple[Any, ...] | None, Call] = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        key = None if _watched(x) else _key(x, residual)
+        key = None if watched(x) else key_of(x, residual)
         call = self._calls.get(key)
         if call is not None:
-            y = call.run(x, self._tables, residual)
+            y = call.run(x, self._tables, residual, residual if self._is_reused(residual) else None)
         else:
             y = self._checked(x, residual)
             if key is not None and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1):
                 self._calls[key] = self._call(x, residual)
         return y if self._function is None else self._function(y)
+
+    def _is_reused(self, residual: Tensor | None) -> bool:
+        return residual is not None and self._reuse and residual.is_contiguous(memory_format=torch.channels_last)
 
     def _checked(self, x: Tensor, residual: Tensor | None) -> Tensor:
         packed, settings = self._packed, (self._padding, residual, self._activation)
@@ -177,9 +219,11 @@ def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
         made = layer.algorithm(choice)
         settings = (layer.bias, made.m, made.isa.name, made.points, made.relu)
         packed = (pack_sparse if choice in SPARSE else pack_domain)(layer.weight, *settings, made.weight)
-        return WinogradConvolution(packed, layer.sides, layer.activation)
+        return WinogradConvolution(packed, layer.sides, layer.activation, layer.reuse)
     if choice == "direct":
         return DirectConvolution(layer, size)
+    if choice == GEMM:
+        return GemmConvolution(layer)
     m, kept = WINOGRAD[choice]
     packed = pack(layer.weight, layer.bias, m, half=kept == "half")
-    return WinogradConvolution(packed, layer.padding, layer.activation)
+    return WinogradConvolution(packed, layer.padding, layer.activation, layer.reuse)

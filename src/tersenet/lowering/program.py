@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from tersenet.errors import GraphError
 from tersenet.exporting.program import any_batch, batches, first_line
 from tersenet.graph.trace import evaluating
+from tersenet.nn.adapter import select_channels
 from tersenet.nn.winograd_relu_operator import as_operator
 
 _aten = torch.ops.aten
@@ -64,6 +65,9 @@ def program(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             made.graph.erase_node(node)
     fold_constants(made)
+    for node in made.graph.nodes:
+        if node.target is _aten.index_select.default:
+            node.target = select_channels  # torch's own gives images back with each channel apart from the others
     return made
 
 
@@ -92,10 +96,10 @@ def _without_mutation(made: fx.GraphModule) -> bool:
 
 def _is_own(node: fx.Node) -> bool:
     """Whether an operator made this tensor in memory of its own, and nobody reads it through a view."""
-    return _is_fresh(node) and all(user.op == "output" or _is_fresh(user, mutable=True) for user in node.users)
+    return is_fresh(node) and all(user.op == "output" or is_fresh(user, mutable=True) for user in node.users)
 
 
-def _is_fresh(node: fx.Node, mutable: bool = False) -> bool:
+def is_fresh(node: fx.Node, mutable: bool = False) -> bool:
     """Whether an operator's result is in new memory; `mutable`: or in that of the argument which it changes."""
     if not isinstance(node.target, OpOverload):
         return False

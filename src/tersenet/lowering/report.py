@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tersenet.lowering.layers import WINOGRAD
@@ -12,10 +12,10 @@ from tersenet.lowering.layers import WINOGRAD
 class LoweredLayer:
     """One convolution with what was fused into it.
 
-    `choice`: `torch`, `direct` (oneDNN, packed), a Winograd algorithm, `sparse` or `scattered`. `times`: choice ->
-    median milliseconds, empty where the choice was forced. `error`: relative L2 distance from torch's result for the
-    same input and folded weight. `density`: share of the weights that are not zero, of a layer of the Winograd domain.
-    `rejected`: faster choices whose error was too large.
+    `choice`: `torch`, `direct` (oneDNN, packed), `gemm`, a Winograd algorithm, `sparse` or `scattered`. `times`:
+    choice -> median milliseconds inside the network, empty where the choice was forced. `error`: relative L2 distance
+    from torch's result for the same input and folded weight. `density`: share of the weights that are not zero, of a
+    layer of the Winograd domain. `rejected`: faster choices whose error was too large.
     """
 
     name: str
@@ -32,7 +32,9 @@ class LoweredLayer:
 class LoweredReport:
     """`error`: the largest relative L2 distance of an output from the original network's. `folded`: batch norms, scales
     and shifts that are now part of a weight. `other`: operator -> how often it is left as it was. `batch` and `threads`
-    are those of the measurement."""
+    are those of the measurement. `passes`: median milliseconds of the whole network lowered, as it was, and as it was
+    in channels-last memory; empty where a choice was forced, or where only parts are lowered. `kept`: one of the latter
+    two was faster, and was taken."""
 
     layers: tuple[LoweredLayer, ...]
     error: float
@@ -41,6 +43,8 @@ class LoweredReport:
     batch: int
     threads: int
     notes: tuple[str, ...] = ()
+    passes: dict[str, float] = field(default_factory=dict[str, float])
+    kept: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -52,12 +56,14 @@ class LoweredReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         other = ", ".join(f"{count} {name}" for name, count in sorted(self.other.items())) or "nothing"
+        passes = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.passes.items())
         lines += [
             "",
             f"relative error of the outputs  {self.error:.1e}",
             f"folded into weights            {self.folded} batch norms, scales and shifts",
             f"left as it was                 {other}",
             f"measured with                  batch {self.batch}, {self.threads} thread(s)",
+            *([f"a pass of the network          {passes}"] if passes else []),
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)

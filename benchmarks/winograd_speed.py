@@ -1,0 +1,127 @@
+"""Single 3x3 convolutions on the generated Winograd kernels, beside PyTorch's and oneDNN's with a packed weight.
+
+    python -m benchmarks.winograd_speed --threads 1
+
+A row is three equal layers with bias and ReLU behind each other, each with a weight of its own, so that weights come
+from as far as in a network; times are a third of that. Contenders run in turns: `eager`, which packs its weight anew in
+every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6. On one thread processor time counts, else wall
+time. `gflops` counts the direct convolution's operations for every contender, and `error` is the relative L2 distance
+of the third layer's result from float64.
+
+Nothing else should run meanwhile. Writes winograd_speed.json beside this file after each row; a row that is in it, from
+the same environment, is not measured again. Two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tersenet.environment import environment, installed
+from tersenet.lowering.layers import Layer
+from tersenet.lowering.modules import build
+from tersenet.measuring.turns import in_turns
+
+RESULT = Path(__file__).with_suffix(".json")
+DEPTH = 3
+CHOICES = {"eager": "torch", "direct": "direct", "F2": "F2", "F4": "F4", "F6": "F6"}
+# Images, channels and side of the map: the layers of ResNet-18 and VGG-16, and some of them for eight images.
+SHAPES = (
+    (1, 64, 56), (1, 128, 28), (1, 256, 14), (1, 512, 7),
+    (1, 64, 224), (1, 128, 112), (1, 256, 56), (1, 512, 28), (1, 512, 14),
+    (8, 64, 56), (8, 128, 28), (8, 256, 14), (8, 512, 7), (8, 512, 14),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5, help="for each row")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    where = {**environment("cpu"), "llvmlite": installed("llvmlite"), "threads": options.threads}
+    result: dict[str, Any] = {
+        "claim": "time of single 3x3 convolutions by Winograd's algorithm, beside direct ones",
+        "command": " ".join(["python -m benchmarks.winograd_speed", *sys.argv[1:]]),
+        "environment": where,
+        "rows": [],
+    }
+    if options.result.exists():
+        before = json.loads(options.result.read_text())
+        if before["environment"] == where:
+            result["rows"] = before["rows"]
+    done = {(row["images"], row["channels"], row["side"]) for row in result["rows"]}
+    torch.set_num_threads(options.threads)
+    for shape in SHAPES:
+        if shape not in done:
+            row = measured(*shape, options.seconds)
+            result["rows"].append(row)
+            options.result.write_text(json.dumps(result, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def measured(images: int, channels: int, side: int, seconds: float) -> dict[str, Any]:
+    """Medians and quartiles of every contender for one shape, and ratios of medians."""
+    torch.manual_seed(0)
+    size = (images, channels, side, side)
+    x = torch.randn(size).contiguous(memory_format=torch.channels_last)
+    one, bound = (1, 1), math.sqrt(2 / 9 / channels)
+    layers = [
+        Layer("", bound * torch.randn(channels, channels, 3, 3), torch.randn(channels), one, one, one, 1, False, "relu")
+        for _ in range(DEPTH)
+    ]
+    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    with torch.inference_mode():
+        exact = x.double()
+        for layer in layers:
+            assert layer.bias is not None
+            exact = F.conv2d(exact, layer.weight.double(), layer.bias.double(), padding=1).relu_()
+        runners: dict[str, Callable[[], Tensor]] = {}
+        for name, choice in CHOICES.items():
+            runners[name] = chain([build(layer, choice, size) for layer in layers], x)
+        errors = {name: float((run() - exact).norm() / exact.norm()) for name, run in runners.items()}
+        first = in_turns(runners, 1, clock)
+        rounds = max(5, int(1e3 * seconds / sum(taken[0] for taken in first.values())))
+        found = {name: [t / DEPTH for t in taken] for name, taken in in_turns(runners, rounds, clock).items()}
+    times = {name: statistics.median(taken) for name, taken in found.items()}
+    best = min(("F2", "F4", "F6"), key=times.__getitem__)
+    operations = 2 * 9 * images * channels**2 * side**2
+    return {
+        "images": images,
+        "channels": channels,
+        "side": side,
+        "rounds": rounds,
+        "median_ms": times,
+        "quartiles_ms": {name: statistics.quantiles(taken, n=4)[::2] for name, taken in found.items()},
+        "gflops": {name: operations / taken / 1e6 for name, taken in times.items()},
+        "best": best,
+        "times_faster": {name: times[name] / times[best] for name in ("eager", "direct")},
+        "error": errors,
+    }
+
+
+def chain(modules: list[nn.Module], x: Tensor) -> Callable[[], Tensor]:
+    """All of them, one behind the other, on `x`."""
+
+    def run() -> Tensor:
+        y = x
+        for module in modules:
+            y = module(y)
+        return y
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
