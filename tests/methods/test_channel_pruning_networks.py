@@ -34,6 +34,7 @@ class Photos(Batches):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @needs("timm", "torchvision")
 @pytest.mark.parametrize("name", ["densenet121", "mobilenetv2_100", "efficientnet_b0"])
 def test_the_target_is_met_with_less_error_than_magnitude_leaves(name: str) -> None:
