@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ ExcludeOption = Annotated[
 ]
 
 
-class TrialProgress:
+class TrialProgress(ABC):
     """Called with the events of a search. `done` of `of` trials are known."""
 
     def __init__(self, status: Status | None = None) -> None:
@@ -44,17 +45,17 @@ class TrialProgress:
         elif self.worth_a_line(event):
             self.status.line(text)
 
+    @abstractmethod
     def started(self, event: dict[str, Any]) -> str:
         """What the search is about to do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trial(self, event: dict[str, Any]) -> str:
         """What one trial gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def worth_a_line(self, event: dict[str, Any]) -> bool:
         """In a log file, where lines stay."""
-        raise NotImplementedError
 
 
 @contextmanager
