@@ -13,13 +13,16 @@ import tersenet as tn
 
 Cli = Callable[..., tuple[int, str, str]]
 
-SMALL = ("--set", "data.train_limit=64", "--set", "steps.0.fit.epochs=1")
-BOTH = (*SMALL, "--set", "steps.1.fit.epochs=1", "--device", "cpu")
+CHANGES = ("data.train_limit=64", "steps.0.fit.epochs=1", "steps.1.fit.epochs=1")
+BOTH = (*(part for change in CHANGES for part in ("--set", change)), "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs") / "digits"
+    """Of a run that is over; each process of a divided run of the tests has its own."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    tn.compress("resnet8", "sfp_digits", overrides=CHANGES, device="cpu", out=folder)
+    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +30,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def test_compress_gives_one_json_document_and_a_report(cli: Cli, folder: Path) -> None:
+def test_compress_gives_one_json_document_and_a_report(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
     code, out, err = cli("compress", "resnet8", "--recipe", "sfp_digits", *BOTH, "--out", str(folder), "--json")
     assert code == 0, err
     report = json.loads(out)
