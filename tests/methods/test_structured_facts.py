@@ -86,8 +86,8 @@ def test_fact_10_random_weights_come_to_two_groups() -> None:
     hooks = hooks_on(resnet_cifar(20), settings(rounds=1), shape=(3, 32, 32))
     kept = hooks.norms_kept(hooks.learn_orders(hooks.graph.model, 20))
     levels = hooks.levels_at(global_threshold(lambda q: hooks.costs.saved(hooks.levels_at(q, kept)), 0.4), kept)
-    # The specification has all 18 layers in two groups, which saves 0.5, of one random network. Of four seeds one gives
-    # that here; the others leave one layer whole, with the same bisection: that clause of the fact is not met as written.
+    # The specification has all 18 layers in two groups, which saves 0.5, of one random network. Of four seeds one does
+    # so here; the others leave one layer whole, by the same bisection: that clause is not met as written.
     assert sorted(levels.values())[1:] == [2] * 17
     assert 0.4 <= hooks.costs.saved(levels) <= 0.5
 
