@@ -22,7 +22,7 @@ from tersenet.api import open_model
 from tersenet.graph.trace import tensors_in
 from tersenet.kernels import host as host_of
 from tersenet.lowering import choose
-from tersenet.lowering.layers import WINOGRAD, Layer
+from tersenet.lowering.layers import WINOGRAD, Layer, has_amx
 from tersenet.lowering.modules import build as build_kernel
 from tersenet.models.build import build
 from zoo_support import needs
@@ -100,7 +100,8 @@ def test_measured(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tn.lower(small, x)
     assert_same(first, small, torch.rand(2, 3, 13, 11))
     for layer in first.report.layers:
-        offered = {"torch", "direct"} | (set() if layer.name == "c.0" else {"gemm"})
+        products = {"gemm", "amx"} if has_amx() else {"gemm"}
+        offered = {"torch", "direct"} | (set() if layer.name == "c.0" else products)
         offered |= {"F2", "F4", "F6"} if layer.name in ("stem.0", "a.0", "b.0") else set()
         assert set(layer.times) == offered
         assert layer.choice == choose.ranking(layer.times)[0]
@@ -115,16 +116,20 @@ def test_measured(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
             tn.lower(small, x, threads=torch.get_num_threads() + 1)
 
 
-def test_products_of_matrices() -> None:
-    """Dense layers of any size and stride, with every epilogue; a grouped and a dilated one are none of them."""
+NEEDS_AMX = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX tiles for bfloat16")
+
+
+@pytest.mark.parametrize(("choice", "dilated"), [("gemm", "direct"), pytest.param("amx", "amx", marks=NEEDS_AMX)])
+def test_products_of_matrices(choice: str, dilated: str) -> None:
+    """Dense layers of any size and stride, with every epilogue; a grouped one is none of them."""
     model = nn.Sequential(
         nn.Conv2d(5, 20, 1), nn.BatchNorm2d(20), nn.ReLU6(), nn.Conv2d(20, 33, 1, stride=(1, 2), bias=False), nn.SiLU(),
         nn.Conv2d(33, 16, 1), nn.Hardswish(), nn.Conv2d(16, 16, 1, groups=2), nn.Conv2d(16, 4, 3, dilation=2),
         nn.Conv2d(4, 4, (5, 2), stride=2, padding=(3, 1)),
     )  # fmt: skip
     model = randomise(model)
-    fast = tn.lower(model, torch.rand(1, 5, 12, 16), choice="gemm")
-    assert [layer.choice for layer in fast.report.layers] == ["gemm"] * 3 + ["direct"] * 2 + ["gemm"]
+    fast = tn.lower(model, torch.rand(1, 5, 12, 16), choice=choice)
+    assert [layer.choice for layer in fast.report.layers] == [choice] * 3 + ["direct", dilated, choice]
     for batch in (1, 3):
         assert_same(fast, model, torch.randn(batch, 5, 12, 16))
     x = torch.randn(2, 5, 12, 16)
@@ -144,6 +149,17 @@ def test_a_winograd_kernel_has_to_be_clearly_faster() -> None:
     assert choose.ranking({"torch": 3.0, "direct": 1.0, "F4": 0.97}) == ["direct", "F4", "torch"]
     assert choose.ranking({"torch": 3.0, "direct": 1.0, "F4": 0.9, "F2": 0.92}) == ["F4", "F2", "direct", "torch"]
     assert choose.ranking({"direct": 1.0, "gemm": 0.99}) == ["gemm", "direct"]
+    assert choose.ranking({"direct": 1.0, "amx": 0.97}) == ["direct", "amx"]
+
+
+def test_amx_is_offered_where_it_is_only(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tersenet.kernels.host._permitted", lambda: False)
+    fast = tn.lower(small, torch.rand(1, 3, 13, 11))
+    assert not any("amx" in layer.times for layer in fast.report.layers)
+    assert not any("AMX" in note for note in fast.report.notes)
+    fast = tn.lower(small, torch.rand(1, 3, 13, 11), choice="amx")
+    assert {layer.choice for layer in fast.report.layers} == {"direct"}
+    assert any("no products on AMX's tiles" in note for note in fast.report.notes)
 
 
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))])

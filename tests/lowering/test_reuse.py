@@ -10,7 +10,7 @@ import tersenet as tn
 from graph_support import randomise
 from tersenet.lowering.fold import fold_affine
 from tersenet.lowering.fuse import fuse
-from tersenet.lowering.layers import WINOGRAD, Layer
+from tersenet.lowering.layers import WINOGRAD, Layer, has_amx
 from tersenet.lowering.modules import build
 from tersenet.lowering.program import program
 
@@ -75,9 +75,12 @@ def test_a_shortcut_that_only_the_input_reads() -> None:
     assert reused(Own()) == {"stem": False, "conv": False}
 
 
-@pytest.mark.parametrize("choice", ["direct", "gemm", *WINOGRAD])
+AMX = pytest.param("amx", marks=pytest.mark.skipif(not has_amx(), reason="no AMX tiles here"))
+
+
+@pytest.mark.parametrize("choice", ["direct", "gemm", AMX, *WINOGRAD])
 def test_where_the_result_lies(choice: str) -> None:
-    size = 1 if choice == "gemm" else 3
+    size = 1 if choice in ("gemm", "amx") else 3
     weight = torch.randn(6, 6, size, size)
     x, residual = (torch.randn(1, 6, 7, 7).contiguous(memory_format=torch.channels_last) for _ in range(2))
     sides = ((1, 1), (size // 2,) * 2, (1, 1))
@@ -95,5 +98,5 @@ def test_where_the_result_lies(choice: str) -> None:
             kernel(x, other)
             found = kernel(x, other)
         assert torch.equal(other, residual)
-        torch.testing.assert_close(found, results[-1])
+        torch.testing.assert_close(found, results[-1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*results)

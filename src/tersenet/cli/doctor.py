@@ -101,13 +101,16 @@ def _kernels() -> dict[str, Any]:
         processor = host()
         best = processor.isa()
     except TersenetError as error:
-        return {"instructions": [], "half": False, "missing": {"all": str(error)}}
+        return {"instructions": [], "half": False, "amx": False, "missing": {"all": str(error)}}
     missing = {
         isa.name: f"this processor has no {', '.join(lacking)}"
         for isa in ISAS[processor.family]
         if (lacking := [name for name in isa.needs if name not in processor.features])
     }
-    return {"instructions": [isa.name for isa in processor.isas()], "half": best.has_half, "missing": missing}
+    if problem := processor.amx_problem:
+        missing["amx"] = problem
+    found = {"instructions": [isa.name for isa in processor.isas()], "half": best.has_half, "missing": missing}
+    return {**found, "amx": problem is None}
 
 
 def _cpu() -> dict[str, Any]:
@@ -131,6 +134,7 @@ def _kernel_line(kernels: dict[str, Any]) -> str:
         return f"none: {kernels['missing']['all']}"
     found = f"F2, F4, F6 with {', '.join(kernels['instructions'])}"
     found += "; weights of 16 bits too" if kernels["half"] else ""
+    found += "; products on AMX's tiles" if kernels["amx"] else ""
     return found + "".join(f"; not {name}: {reason}" for name, reason in kernels["missing"].items())
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 from tersenet.errors import TersenetError
 from tersenet.kernels import cache
+from tersenet.kernels.amx import AMX_TASKS, Amx, generate_amx
 from tersenet.kernels.gemm import GEMM_TASKS, Gemm, generate_gemm
 from tersenet.kernels.generate import TASKS, Algorithm, generate
 from tersenet.kernels.pool import POOL_TASKS, Pool, generate_pool
 from tersenet.kernels.threads import Task
 
-Code = Algorithm | Gemm | Pool
+Code = Algorithm | Gemm | Amx | Pool
 
 _lock = threading.Lock()
 _loaded: dict[Code, Kernels] = {}
@@ -75,6 +76,8 @@ def _code(algorithm: Code) -> tuple[Callable[[], str], tuple[str, ...]]:
     """What makes the text of its module, and the names of its tasks."""
     if isinstance(algorithm, Gemm):
         return partial(generate_gemm, algorithm), GEMM_TASKS
+    if isinstance(algorithm, Amx):
+        return partial(generate_amx, algorithm), AMX_TASKS
     if isinstance(algorithm, Pool):
         return partial(generate_pool, algorithm), POOL_TASKS
     return partial(generate, algorithm), TASKS
@@ -96,7 +99,7 @@ def _compile(algorithm: Code) -> bytes:
 def _machine(algorithm: Code) -> Any:
     llvm = _llvm()
     target = llvm.Target.from_triple(llvm.get_process_triple())
-    return target.create_target_machine(cpu=algorithm.isa.cpu, opt=3, jit=True)
+    return target.create_target_machine(cpu=algorithm.isa.cpu, features=algorithm.isa.extra, opt=3, jit=True)
 
 
 def _llvm() -> Any:

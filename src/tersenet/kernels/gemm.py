@@ -89,10 +89,10 @@ def _kernel(module: Module, isa: Isa, columns: int, rows: int) -> None:
 
     outputs, residuals = pixels("%y"), pixels("%r")
     for line in outputs:
-        _prefetch(f, line, write=True)
+        f.prefetch(line, write=True)
     with f.when(f.op(f"icmp ne ptr {c['r']}, null")):
         for line in residuals:
-            _prefetch(f, line)
+            f.prefetch(line)
     per_vector = width // QUAD
     segment = f.mul(c["vectors"], isa.rows * width)
     start = [(v, "zeroinitializer")] * len(places)
@@ -108,7 +108,7 @@ def _kernel(module: Module, isa: Isa, columns: int, rows: int) -> None:
             total = list(loop.values)
             for k in range(QUAD):
                 for line in range(0, isa.channels, _LINE):
-                    _prefetch(f, f.offset(f.offset(ahead, f.mul("%pace", k)), line), near=False)
+                    f.prefetch(f.offset(f.offset(ahead, f.mul("%pace", k)), line), near=False)
                 loaded = [f.vload(f.offset(weights, k * isa.channels + column * width)) for column in range(columns)]
                 for row in range(rows):
                     value = f.spread(f.load("float", f.offset(tile, row * width + k)))
@@ -240,9 +240,3 @@ def _group(f: Function, groups: Groups, index: str) -> tuple[str, str]:
     _, small, larger = groups
     more = f.op(f"zext i1 {f.compare('slt', index, larger)} to i64")
     return f.add(f.mul(index, small), f.minimum(index, larger)), f.add(small, more)
-
-
-def _prefetch(f: Function, pointer: str, *, write: bool = False, near: bool = True) -> None:
-    """Into the first-level cache, or only into the second."""
-    f.module.declarations.add("declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)")
-    f.line(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 {int(write)}, i32 {3 if near else 2}, i32 1)")

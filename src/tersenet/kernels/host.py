@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Isa:
     columns: int
     needs: tuple[str, ...]
     has_half: bool = True  # converts 16-bit floats
+    extra: str = ""  # instructions that the code uses beside those of `cpu`, as LLVM takes them
 
     @property
     def channels(self) -> int:
@@ -47,6 +49,12 @@ ISAS = {
     # LLVM lists the features of ARM only in part; all of its 64-bit processors have NEON.
     "arm": (Isa("neon", "generic", 4, 12, 2, ()),),
 }
+
+# Beside the vectors: matrix tiles. Only the product of bfloat16 parts runs on them.
+AMX = Isa(
+    "amx", "x86-64-v4", 16, 16, 2, (*_V4, "avx512bf16", "amx-tile", "amx-bf16"), extra="+avx512bf16,+amx-tile,+amx-bf16"
+)
+_PERMIT = (158, 0x1023, 18)  # Linux: arch_prctl, ARCH_REQ_XCOMP_PERM, the state of the tiles
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,34 @@ class Host:
         if name is not None and name not in found:
             raise TersenetError(f"this processor ({self.cpu}) can't run {name}; it can run {', '.join(found)}")
         return found[name] if name else next(iter(found.values()))
+
+    def amx(self) -> Isa:
+        """The matrix tiles.
+
+        Raises:
+            TersenetError: this processor has none for bfloat16, or the system does not let this process use them.
+        """
+        if problem := self.amx_problem:
+            raise TersenetError(f"no products on AMX's tiles: {problem}; `gemm` is the kernel for every processor")
+        return AMX
+
+    @property
+    def amx_problem(self) -> str | None:
+        """Why there are no matrix tiles; None if there are."""
+        if self.family != "x86" or not self.features.issuperset(AMX.needs):
+            return f"this processor ({self.cpu}) has none for bfloat16"
+        if not _permitted():
+            return "the system does not let this process use them; Linux does, from 5.16 on"
+        return None
+
+
+@functools.cache
+def _permitted() -> bool:
+    """Ask Linux for the state of the tiles, which it keeps only for processes that ask. Holds for all threads."""
+    try:
+        return ctypes.CDLL(None).syscall(*_PERMIT) == 0
+    except (OSError, AttributeError, TypeError):
+        return False
 
 
 @functools.cache

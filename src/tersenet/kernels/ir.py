@@ -95,6 +95,13 @@ class Function(Vectors):
     def maximum(self, a: str, b: str | int) -> str:
         return self.op(f"select i1 {self.compare('sgt', a, b)}, i64 {a}, i64 {b}")
 
+    def following(self, row: str, column: str, width: str) -> list[str]:
+        """Row and column of the next of the pixels that are numbered line by line."""
+        moved = self.add(column, 1)
+        is_last = self.compare("eq", moved, width)
+        down = self.add(row, self.op(f"zext i1 {is_last} to i64"))
+        return [down, self.op(f"select i1 {is_last}, i64 0, i64 {moved}")]
+
     def offset(self, pointer: str, index: str | int, kind: str = "float") -> str:
         return self.op(f"getelementptr {kind}, ptr {pointer}, i64 {index}")
 

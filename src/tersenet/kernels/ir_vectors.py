@@ -124,7 +124,7 @@ class Vectors(ABC):
             f"call void @llvm.masked.store.v{w}f32.p0({v} {value}, ptr {pointer}, i32 {align}, <{w} x i1> {mask})"
         )
 
-    def prefetch(self, pointer: str, near: bool = True) -> None:
-        """Bring a line into the first-level cache, or only into the second."""
+    def prefetch(self, pointer: str, near: bool = True, write: bool = False) -> None:
+        """Bring a line into the first-level cache, or only into the second; to be written, or read only."""
         self.module.declarations.add("declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)")
-        self.line(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {3 if near else 2}, i32 1)")
+        self.line(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 {int(write)}, i32 {3 if near else 2}, i32 1)")

@@ -14,7 +14,7 @@ from tersenet.errors import GraphError, TersenetError
 from tersenet.exporting.program import first_line
 from tersenet.lowering.choose import Size, compiled, described, ranking
 from tersenet.lowering.contest import layers_timed
-from tersenet.lowering.layers import CHOICES, AnyLayer, DomainLayer, has_half, is_generated
+from tersenet.lowering.layers import AMX, CHOICES, AnyLayer, DomainLayer, has_amx, has_half, is_generated
 from tersenet.lowering.modules import build
 from tersenet.lowering.report import LoweredLayer
 from tersenet.lowering.timings import Times, remembered
@@ -40,6 +40,8 @@ def kernels_offered(half: bool, choice: str | None, notes: list[str], layers: Co
         if not has_half() and any(name.endswith("half") for name in asked):
             notes.append("this processor does not read 16-bit weights: they are not offered")
             asked = [name for name in asked if not name.endswith("half")]
+        if choice is None and not has_amx():  # most processors: nothing to say
+            asked = [name for name in asked if name != AMX]
         problem = compiled((layer, name) for layer in layers for name in asked if layer.fits(name))
     except TersenetError as error:
         problem = str(error)

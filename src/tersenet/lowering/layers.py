@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersenet.kernels.amx import Amx
 from tersenet.kernels.compiled import Code
 from tersenet.kernels.gemm import Gemm
 from tersenet.kernels.generate import OUTPUTS, Algorithm, R
@@ -30,7 +31,9 @@ SPARSE = ("sparse", "scattered")
 are all zero, or single weights."""
 GEMM = "gemm"
 """The generated kernel for dense convolutions, a product of matrices."""
-CHOICES = ("torch", "direct", GEMM, *WINOGRAD, *SPARSE)
+AMX = "amx"
+"""The same on AMX's matrix tiles: products of the bfloat16 parts of float32 numbers, summed in float32."""
+CHOICES = ("torch", "direct", GEMM, AMX, *WINOGRAD, *SPARSE)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Layer:
 
     def fits(self, choice: str) -> bool:
         """Whether the kernel `choice` can compute this."""
+        if choice == AMX:
+            return self.groups == 1 and (1, 1) in (self.stride, self.dilation)
         if choice == GEMM:
             return self.groups == 1 and self.dilation == (1, 1)
         return choice in ("torch", "direct") or (choice in WINOGRAD and self.fits_winograd)
@@ -66,6 +71,8 @@ class Layer:
         """Of a generated choice, on this processor. Raises: TersenetError where there are no kernels."""
         if choice == GEMM:
             return Gemm(host().isa())
+        if choice == AMX:
+            return Amx(host().amx())
         m, kept = WINOGRAD[choice]
         return Algorithm(m, host().isa(), kept)
 
@@ -187,7 +194,12 @@ def is_generated(choice: str) -> bool:
 
 def rounds_more(choice: str) -> bool:
     """Whether its results are less exact than a plain convolution's."""
-    return choice in SPARSE or choice in WINOGRAD
+    return choice == AMX or choice in SPARSE or choice in WINOGRAD
+
+
+def has_amx() -> bool:
+    """Whether this process may use matrix tiles. Raises: TersenetError where there are no kernels at all."""
+    return host().amx_problem is None
 
 
 def has_half() -> bool:

@@ -106,7 +106,7 @@ def lower(
         example: what forward takes: a tensor (N, ...) or a tuple of them. Its batch is what is measured with; any
             batch size runs. Other sizes are fixed.
         half: also try weights kept in 16 bits; they are less exact.
-        choice: `torch`, `direct`, `gemm`, `F2`, `F4`, `F6`, `F2 half`, `F4 half`, `sparse` or `scattered` for
+        choice: `torch`, `direct`, `gemm`, `amx`, `F2`, `F4`, `F6`, `F2 half`, `F4 half`, `sparse` or `scattered` for
             every layer that it fits, unmeasured; for the others `direct`, and `torch` where that does not fit. None:
             measure.
         threads: how many to measure with; by default torch's current number. The result runs on torch's number.

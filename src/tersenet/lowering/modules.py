@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersenet.kernels import threads
+from tersenet.kernels.amx_call import PackedAmx, amx_call, pack_amx
 from tersenet.kernels.gemm_call import gemm_call, pack_gemm
 from tersenet.kernels.operator import winograd_conv2d
 from tersenet.kernels.pack import Packed, pack, pack_domain
@@ -18,7 +19,7 @@ from tersenet.kernels.sparse_operator import sparse_winograd_conv2d
 from tersenet.kernels.winograd import BOUNDS, Call, Tables
 from tersenet.kernels.winograd import call as prepared
 from tersenet.lowering.calls import key_of, watched
-from tersenet.lowering.layers import GEMM, SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
+from tersenet.lowering.layers import AMX, GEMM, SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
 from tersenet.ops.winograd import kronecker
 from tersenet.ops.winograd_relu import Activation as Winograd
 from tersenet.ops.winograd_relu import winograd_relu_conv2d
@@ -82,11 +83,13 @@ class TorchDomain(nn.Module):
 
 
 class GemmConvolution(TorchConvolution):
-    """The generated dense kernel; plain torch for whoever watches operators, and for other types or memory orders."""
+    """A generated dense kernel, `gemm` or `amx`; plain torch for whoever watches operators, and for other types or
+    memory orders."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, choice: str) -> None:
         super().__init__(layer)
-        self._packed = pack_gemm(layer.weight, layer.bias)
+        weight = (layer.weight, layer.bias)
+        self._packed = pack_amx(*weight, layer.stride, layer.dilation) if choice == AMX else pack_gemm(*weight)
         self._moves, self._reuse = (self._packed.kernel, layer.stride, layer.padding), layer.reuse
         self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation]
         self._cut_off = layer.activation if self._function is None else "none"
@@ -110,11 +113,15 @@ class GemmConvolution(TorchConvolution):
         if x.dtype != torch.float32 or not x.is_cpu or x.dim() != 4 or x.shape[1] != packed.in_channels:
             return None
         together = x.stride(1) == 1 or x.shape[1] == 1
-        if not together or (packed.kernel[1] > 1 and x.shape[3] > 1 and x.stride(3) != x.shape[1]):
+        is_plane = isinstance(packed, PackedAmx) and packed.plane
+        in_rows = packed.kernel[1] > 1 and x.shape[3] > 1 and not is_plane
+        if not together or (in_rows and x.stride(3) != x.shape[1]):
             return None
-        sizes = (tuple(x.shape), x.stride(), residual is not None)
-        settings = (packed.out_channels, self._cut_off, threads.available())
-        call = gemm_call(packed.algorithm, *sizes, *self._moves, *settings)
+        sizes, settings = (tuple(x.shape), x.stride()), (packed.out_channels, self._cut_off, threads.available())
+        if isinstance(packed, PackedAmx):
+            call = amx_call(packed.algorithm, *sizes, is_plane, packed.dilation, *self._moves, *settings)
+        else:
+            call = gemm_call(packed.algorithm, *sizes, residual is not None, *self._moves, *settings)
         if min(call.shape[2:]) < 1:
             return None  # torch says what is wrong
         if residual is None:
@@ -222,8 +229,8 @@ def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
         return WinogradConvolution(packed, layer.sides, layer.activation, layer.reuse)
     if choice == "direct":
         return DirectConvolution(layer, size)
-    if choice == GEMM:
-        return GemmConvolution(layer)
+    if choice in (GEMM, AMX):
+        return GemmConvolution(layer, choice)
     m, kept = WINOGRAD[choice]
     packed = pack(layer.weight, layer.bias, m, half=kept == "half")
     return WinogradConvolution(packed, layer.padding, layer.activation, layer.reuse)

@@ -12,7 +12,7 @@ from tersenet.lowering.layers import WINOGRAD
 class LoweredLayer:
     """One convolution with what was fused into it.
 
-    `choice`: `torch`, `direct` (oneDNN, packed), `gemm`, a Winograd algorithm, `sparse` or `scattered`. `times`:
+    `choice`: `torch`, `direct` (oneDNN, packed), `gemm`, `amx`, a Winograd algorithm, `sparse` or `scattered`. `times`:
     choice -> median milliseconds inside the network, empty where the choice was forced. `error`: relative L2 distance
     from torch's result for the same input and folded weight. `density`: share of the weights that are not zero, of a
     layer of the Winograd domain. `rejected`: faster choices whose error was too large.

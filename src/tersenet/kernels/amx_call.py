@@ -1,0 +1,152 @@
+"""One call of a dense convolution on AMX's tiles: weights in parts, how it is cut, memory, threads."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tersenet.errors import TersenetError
+from tersenet.kernels.amx import CHUNK, GROUP, LINE, TILE, Amx
+from tersenet.kernels.compiled import kernels
+from tersenet.kernels.context import FIELDS, Context
+from tersenet.kernels.gemm_call import Cut
+from tersenet.kernels.host import host
+from tersenet.kernels.memory import settled
+from tersenet.kernels.winograd import BITS, Call, Tables
+
+Pair = tuple[int, int]
+
+_L2_SHARE = 0.4  # of a core's second-level cache, for V; the weights of a block of outputs need room too
+_PLANE_TILES = 1.25  # times as many products cost less than copying each pixel for every row of the kernel
+_UNITS_PER_THREAD = 4  # so that no thread waits long for the last one
+_THREAD_MACS = 2**20  # less than about 3 microseconds of work is not worth waking a thread
+
+
+@dataclass(frozen=True)
+class PackedAmx:
+    """`weight` in its bfloat16 parts, in tiles (see `amx`), and `bias` (padded C_out,), padded with zeros.
+
+    `plane`: the kernel's taps are places of one padded image; else each row of the kernel is a segment.
+    """
+
+    algorithm: Amx
+    tables: Tables
+    in_channels: int
+    out_channels: int
+    kernel: Pair
+    dilation: Pair
+    plane: bool
+
+
+def pack_amx(weight: Tensor, bias: Tensor | None = None, stride: Pair = (1, 1), dilation: Pair = (1, 1)) -> PackedAmx:
+    """Split and pack the weight (C_out, C_in, kH, kW) of a convolution, and its bias (C_out,).
+
+    Raises: TersenetError for another shape, type or device, dilation beside a stride, or a processor without AMX.
+    """
+    algorithm = Amx(host().amx())
+    if weight.ndim != 4 or 0 in weight.shape or weight.dtype != torch.float32:
+        raise TersenetError(
+            f"weight (={weight.dtype} {tuple(weight.shape)}) must be float32 and of shape (C_out, C_in, kH, kW)"
+        )
+    if weight.device.type != "cpu":
+        raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
+    if max(stride) > 1 and max(dilation) > 1:
+        raise TersenetError(f"a convolution has a stride (={stride}) or a dilation (={dilation}) here, not both")
+    outputs, inputs, high, wide = weight.shape
+    block = algorithm.isa.channels
+    added = torch.zeros(-(-outputs // block) * block)
+    if bias is not None:
+        if bias.shape != (outputs,):
+            raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {outputs} channels")
+        added[:outputs] = bias.detach()
+    plane = max(dilation) > 1 or (stride == (1, 1) and _fills_tiles(inputs, (high, wide)))
+    taps = weight.detach().permute(0, 2, 3, 1)  # outputs, rows, columns, inputs
+    # outputs, parts of the kernel that V has one after the other, taps within it, floats
+    rows = taps.flatten(1, 2).unsqueeze(1) if plane else taps.flatten(2).unsqueeze(2)
+    rows = F.pad(rows, (0, -rows.shape[3] % CHUNK, 0, 0, 0, 0, 0, -outputs % block))
+    tiles = rows.unflatten(3, (-1, CHUNK // 2, 2)).unflatten(0, (-1, algorithm.isa.columns, LINE))
+    # block, column, output, part, tap, chunk, pair, 2 -> block, part, chunk, tap, column, pair, output, 2
+    tiles = tiles.permute(0, 3, 5, 4, 1, 6, 2, 7)
+    large = tiles.bfloat16()
+    packed = torch.stack([(tiles - large).bfloat16(), large], 4)
+    return PackedAmx(algorithm, Tables(settled(packed), added), inputs, outputs, (high, wide), dilation, plane)
+
+
+def _fills_tiles(channels: int, kernel: Pair) -> bool:
+    """Whether tiles are filled nearly as well by each tap's channels as by those of a row of the kernel."""
+    return kernel[1] * -(-channels // CHUNK) <= _PLANE_TILES * -(-kernel[1] * channels // CHUNK)
+
+
+def cut_of(pixels: int, halo: int, floats: int, out_blocks: int, threads: int, l2_bytes: int) -> Cut:
+    """Blocks of equal size whose V, `floats` for each pixel, stays in the second-level cache."""
+    groups = -(-pixels // GROUP)
+    most = max(1, (int(_L2_SHARE * l2_bytes) // (4 * floats) - halo) // GROUP)
+    blocks = -(-groups // most)
+    if threads > 1:
+        blocks = max(blocks, min(groups, threads))
+    block = -(-groups // blocks) * GROUP
+    units = -(-_UNITS_PER_THREAD * threads // -(-pixels // block)) if threads > 1 else 1
+    return Cut(block, max(1, out_blocks // units))
+
+
+@functools.lru_cache(maxsize=4096)
+def amx_call(
+    algorithm: Amx,
+    x: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    plane: bool,
+    dilation: Pair,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    out_channels: int,
+    activation: str,
+    threads: int,
+    cut: Cut | None = None,
+) -> Call:
+    """For inputs (N, C_in, H, W) whose channels lie together, and without `plane` the pixels of a row too, and a
+    residual that is contiguous in channels-last memory. Nothing is checked."""
+    isa = algorithm.isa
+    images, channels, height, width = x
+    high, wide = (
+        (length + 2 * pad - apart * (size - 1) - 1) // step + 1
+        for length, pad, size, step, apart in zip(x[2:], padding, kernel, stride, dilation, strict=True)
+    )
+    shape = (images, out_channels, high, wide)
+    if min(shape) < 1:
+        return Call(shape, b"", (), 1, 0, 0)
+    x_row = x_strides[2]
+    if kernel == stride == (1, 1) and padding == (0, 0) and x_strides[0] == height * x_row:
+        images, height, high = 1, images * height, images * high  # one image below the other
+    line = width + 2 * padding[1] if plane else wide
+    taps, copied = (kernel, (1, 1)) if plane else ((1, 1), kernel)
+    slices = -(-copied[1] * channels // CHUNK)
+    vectors, outputs = copied[0] * slices, -(-out_channels // isa.channels)
+    pixels, halo = (high - 1) * line + wide, (taps[0] - 1) * dilation[0] * line + (taps[1] - 1) * dilation[1]
+    cut = cut or cut_of(pixels, halo, vectors * CHUNK, outputs, threads, host().l2_bytes)
+    blocks = -(-pixels // cut.block)
+    kept = -(-cut.block // LINE) * LINE + halo
+    v_block = vectors * kept * CHUNK
+    own = LINE + v_block + 2 * isa.columns * TILE + LINE
+    low, high_bits = BITS[activation]
+    fields = {
+        "x_image": x_strides[0], "x_row": x_row, "x_column": channels if copied[1] > 1 else x_strides[3],
+        "channels": channels, "height": height, "width": width, "pad_top": padding[0], "pad_left": padding[1],
+        "size_high": taps[0], "size_wide": taps[1], "copy_high": copied[0], "copy_wide": copied[1],
+        "step_high": stride[0], "step_wide": stride[1], "line": line, "halo": halo,
+        "tap_high": dilation[0] * line * LINE, "tap_wide": dilation[1] * LINE,
+        "out_height": high, "out_width": wide, "out_channels": out_channels, "tiles": pixels,
+        "block": cut.block, "block_count": blocks, "units": images * blocks, "v_block": v_block,
+        "v_vector": kept * CHUNK, "v_low": kept * LINE, "vectors": vectors, "slices": slices,
+        "outputs": outputs, "output_step": cut.output_step, "scratch_stride": own,
+        "low": low, "high": high_bits, "silu": activation == "silu",
+    }  # fmt: skip
+    context = Context(*(fields.get(name, 0) for name in FIELDS))
+    units = images * blocks * -(-outputs // cut.output_step)
+    worth = max(1, shape[0] * shape[2] * shape[3] * channels * kernel[0] * kernel[1] * out_channels // _THREAD_MACS)
+    count = min(threads, units, worth)
+    return Call(shape, bytes(context), tuple(kernels(algorithm).tasks.values()), count, count * own, 0)

@@ -1,0 +1,224 @@
+"""The dense convolution on AMX's tiles against torch's in float64: sizes, strides, borders, epilogues, precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from kernel_support import ACTIVATIONS, relative_error, same
+from torch import Tensor
+from torch.nn import functional as F
+
+from tersenet.errors import TersenetError
+from tersenet.kernels.amx_call import amx_call, cut_of, pack_amx
+from tersenet.kernels.gemm_call import Cut
+from tersenet.kernels.host import AMX, Host, host
+
+Pair = tuple[int, int]
+
+needs_amx = pytest.mark.skipif(host().amx_problem is not None, reason=f"AMX: {host().amx_problem}")
+# L2 error relative to the convolution of absolute values: each factor is 2^-18 from its two parts, and the product of
+# the low parts, at most 2^-18 of the whole, is left out.
+ERROR = 3 * 2**-18
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Pair = (1, 1),
+    activation: str = "none",
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    threads: int = 1,
+    cut: Cut | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    packed = pack_amx(weight, bias, stride, dilation)
+    moves = (packed.plane, dilation, packed.kernel, stride, padding)
+    call = amx_call(packed.algorithm, tuple(x.shape), x.stride(), *moves, len(weight), activation, threads, cut)
+    return call.run(x, packed.tables, residual, out)
+
+
+def case(seed: int, n: int, c: int, h: int, w: int, k: int, kernel: Pair = (1, 1)) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, h, w, generator=generator).contiguous(memory_format=torch.channels_last)
+    size = math.sqrt(c * math.prod(kernel))
+    return x, torch.randn(k, c, *kernel, generator=generator) / size, torch.randn(k, generator=generator)
+
+
+@needs_amx
+@settings(max_examples=120, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(1, 100),
+    h=st.integers(1, 12),
+    w=st.integers(1, 12),
+    k=st.integers(1, 70),
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    bias=st.booleans(),
+    residual=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+@example(2, 600, 9, 9, 300, (1, 1), (1, 1), (0, 0), (1, 1), "relu", True, True, 0)  # many channels, several blocks
+@example(1, 64, 20, 20, 64, (3, 3), (1, 1), (1, 1), (1, 1), "relu", True, True, 0)
+@example(1, 64, 20, 20, 64, (3, 3), (2, 2), (1, 1), (1, 1), "relu", True, False, 0)
+@example(1, 3, 40, 40, 64, (7, 7), (2, 2), (3, 3), (1, 1), "relu", True, False, 0)  # a stem
+@example(1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), "none", False, False, 0)
+@example(1, 32, 16, 16, 16, (3, 3), (1, 1), (2, 2), (2, 2), "silu", True, True, 0)
+def test_equals_torch(
+    n: int, c: int, h: int, w: int, k: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, activation: str,
+    bias: bool, residual: bool, seed: int,
+) -> None:  # fmt: skip
+    if max(stride) > 1:
+        dilation = (1, 1)
+    reach = [apart * (size - 1) + 1 for apart, size in zip(dilation, kernel, strict=True)]
+    h, w = (max(length, size - 2 * pad) for length, size, pad in zip((h, w), reach, padding, strict=True))
+    x, weight, b = case(seed, n, c, h, w, k, kernel)
+    moves = (stride, padding, dilation)
+    exact = F.conv2d(x.double(), weight.double(), b.double() if bias else None, *moves)
+    added = torch.randn(exact.shape).contiguous(memory_format=torch.channels_last) if residual else None
+    found = run(x, weight, b if bias else None, added, stride, activation, padding, dilation)
+    expected = ACTIVATIONS[activation](exact if added is None else exact + added)
+    assert found.shape == expected.shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    size = F.conv2d(x.double().abs(), weight.double().abs(), b.double().abs() if bias else None, *moves).norm()
+    assert float((found - expected).norm()) <= ERROR * float(size + (0 if added is None else added.norm()))
+
+
+@needs_amx
+@pytest.mark.parametrize("channels", [64, 512])
+def test_more_exact_than_the_limit_of_f2(channels: int) -> None:
+    """On activations as they are, relative to the result itself."""
+    x, weight, b = case(5, 1, channels, 14, 14, 128, (3, 3))
+    expected = F.conv2d(x.double(), weight.double(), b.double(), padding=1)
+    assert relative_error(run(x, weight, b, padding=(1, 1)), expected) < 5e-6
+
+
+@needs_amx
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 2),
+    c=st.integers(1, 70),
+    side=st.integers(1, 16),
+    k=st.integers(1, 100),
+    block=st.integers(1, 5),
+    step=st.integers(1, 5),
+    kernel=st.sampled_from([(1, 1), (3, 2)]),
+    stride=st.sampled_from([(1, 1), (2, 1)]),
+    threads=st.integers(1, 3),
+)
+def test_a_cut_and_threads_don_t_change_a_bit(
+    n: int, c: int, side: int, k: int, block: int, step: int, kernel: Pair, stride: Pair, threads: int
+) -> None:
+    x, weight, b = case(0, n, c, side + 2, side + 2, k, kernel)
+    settings = {"stride": stride, "activation": "relu", "padding": (1, 0)}
+    expected = run(x, weight, b, **settings)  # pyright: ignore
+    found = run(x, weight, b, threads=threads, cut=Cut(32 * block, step), **settings)  # pyright: ignore
+    assert same(found, expected)
+
+
+@needs_amx
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("k", [64, 40])
+def test_the_result_may_be_written_over_the_residual(activation: str, k: int) -> None:
+    x, weight, b = case(1, 2, 30, 9, 9, k)
+    residual = torch.randn(2, k, 9, 9).contiguous(memory_format=torch.channels_last)
+    expected = run(x, weight, b, residual.clone(), activation=activation)
+    found = run(x, weight, b, residual, activation=activation, out=residual)
+    assert found is residual
+    assert same(found, expected)
+
+
+@needs_amx
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+def test_part_of_an_image_is_read_where_it_lies(stride: Pair) -> None:
+    x, weight, b = case(2, 2, 72, 10, 10, 33)
+    part = x[:, 4:68, 1:9, ::2]
+    assert part.stride(1) == 1
+    expected = F.conv2d(part, weight[:, :64], b, stride)
+    assert relative_error(run(part, weight[:, :64], b, stride=stride), expected) < 1e-5
+    x, weight, b = case(2, 2, 24, 10, 10, 33, (3, 3))
+    part = x[:, :, 1:8, 2:]  # pixels of a row lie together
+    assert relative_error(run(part, weight, b, stride=stride), F.conv2d(part, weight, b, stride)) < 1e-5
+
+
+@needs_amx
+def test_what_is_not_a_number_stays_so_and_where_it_is() -> None:
+    x, weight, b = case(3, 1, 64, 3, 3, 32)
+    x[0, 3, 1, 1] = math.nan
+    found = run(x, weight, b, activation="relu6")
+    assert bool(found[0, :, 1, 1].isnan().all())
+    assert int(found.isnan().sum()) == 32
+    # What an earlier call left in the scratch memory reaches no result.
+    x[0, 3, 1, 1] = 0
+    assert not bool(run(x[:, :, :2], weight, b).isnan().any())
+
+
+@needs_amx
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_small_and_large_numbers(scale: float) -> None:
+    x, weight, _ = case(6, 1, 64, 5, 5, 32)
+    assert relative_error(run(x * scale, weight), F.conv2d(x.double() * scale, weight.double())) < 5e-6
+
+
+@needs_amx
+def test_an_empty_batch() -> None:
+    x, weight, b = case(4, 1, 16, 3, 3, 32)
+    assert run(x[:0], weight, b).shape == (0, 32, 3, 3)
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("weight", "bias", "dilation", "message"),
+    [
+        (torch.zeros(4, 4, 3), None, 1, r"must be float32 and of shape \(C_out, C_in, kH, kW\)"),
+        (torch.zeros(4, 4, 1, 1).double(), None, 1, "weight .=torch.float64"),
+        (torch.zeros(4, 0, 1, 1), None, 1, "weight"),
+        (torch.zeros(4, 4, 1, 1, device="meta"), None, 1, "is on meta"),
+        (torch.zeros(4, 4, 1, 1), torch.zeros(3), 1, r"bias \(=\(3,\)\) must have one value for each of 4"),
+        (torch.zeros(4, 4, 3, 3), None, 2, "a stride .* or a dilation .* not both"),
+    ],
+)
+def test_what_cannot_be_packed(weight: Tensor, bias: Tensor | None, dilation: int, message: str) -> None:
+    with pytest.raises(TersenetError, match=message):
+        pack_amx(weight, bias, (2, 2), (dilation, dilation))
+
+
+@settings(deadline=None)
+@given(
+    pixels=st.integers(1, 10**6),
+    halo=st.integers(0, 10**4),
+    floats=st.integers(32, 50000),
+    blocks=st.integers(1, 200),
+    threads=st.integers(1, 64),
+)
+def test_every_cut_is_one(pixels: int, halo: int, floats: int, blocks: int, threads: int) -> None:
+    cut = cut_of(pixels, halo, floats, blocks, threads, 2 << 20)
+    assert cut.block % 32 == 0
+    assert 0 < cut.block < pixels + 32
+    assert 1 <= cut.output_step <= blocks
+    # There is work for at least half of the threads, where there are that many groups of pixels.
+    assert 2 * -(-pixels // cut.block) * (blocks // cut.output_step) >= min(threads, -(-pixels // 32))
+
+
+def test_a_processor_without_tiles_says_so() -> None:
+    old = Host("skylake", frozenset(AMX.needs) - {"amx-bf16"}, "x86", 1 << 20)
+    with pytest.raises(TersenetError, match=r"this processor \(skylake\) has none for bfloat16; `gemm` is the kernel"):
+        old.amx()
+    with pytest.raises(TersenetError, match="has none for bfloat16"):
+        Host("m1", frozenset(), "arm", 1 << 20).amx()
+
+
+def test_a_system_that_does_not_permit_them_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tersenet.kernels.host._permitted", lambda: False)
+    with pytest.raises(TersenetError, match="the system does not let this process use them"):
+        Host("some", frozenset(AMX.needs), "x86", 1 << 20).amx()
