@@ -1,10 +1,10 @@
-"""Single 3x3 convolutions on the generated Winograd kernels, beside PyTorch's and oneDNN's with a packed weight.
+"""Single 3x3 convolutions on the generated kernels, Winograd's and AMX's, beside PyTorch's and oneDNN's with a packed weight.
 
     python -m benchmarks.winograd_speed --threads 1
 
 A row is three equal layers with bias and ReLU behind each other, each with a weight of its own, so that weights come
 from as far as in a network; times are a third of that. Contenders run in turns: `eager`, which packs its weight anew in
-every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6. On one thread processor time counts, else wall
+every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx` where the processor has it. On one thread processor time counts, else wall
 time. `gflops` counts the direct convolution's operations for every contender, and `error` is the relative L2 distance
 of the third layer's result from float64.
 
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersenet.environment import environment, installed
-from tersenet.lowering.layers import Layer
+from tersenet.lowering.layers import Layer, has_amx
 from tersenet.lowering.modules import build
 from tersenet.measuring.turns import in_turns
 
 RESULT = Path(__file__).with_suffix(".json")
 DEPTH = 3
-CHOICES = {"eager": "torch", "direct": "direct", "F2": "F2", "F4": "F4", "F6": "F6"}
+CHOICES = {"eager": "torch", "direct": "direct", "F2": "F2", "F4": "F4", "F6": "F6", "amx": "amx"}
 # Images, channels and side of the map: the layers of ResNet-18 and VGG-16, and some of them for eight images.
 SHAPES = (
     (1, 64, 56), (1, 128, 28), (1, 256, 14), (1, 512, 7),
@@ -89,13 +89,16 @@ def measured(images: int, channels: int, side: int, seconds: float) -> dict[str,
             exact = F.conv2d(exact, layer.weight.double(), layer.bias.double(), padding=1).relu_()
         runners: dict[str, Callable[[], Tensor]] = {}
         for name, choice in CHOICES.items():
+            if name == "amx" and not has_amx():
+                continue
             runners[name] = chain([build(layer, choice, size) for layer in layers], x)
         errors = {name: float((run() - exact).norm() / exact.norm()) for name, run in runners.items()}
         first = in_turns(runners, 1, clock)
         rounds = max(5, int(1e3 * seconds / sum(taken[0] for taken in first.values())))
         found = {name: [t / DEPTH for t in taken] for name, taken in in_turns(runners, rounds, clock).items()}
     times = {name: statistics.median(taken) for name, taken in found.items()}
-    best = min(("F2", "F4", "F6"), key=times.__getitem__)
+    winograd = min(("F2", "F4", "F6"), key=times.__getitem__)
+    best = min((winograd, "amx"), key=lambda name: times.get(name, math.inf))
     operations = 2 * 9 * images * channels**2 * side**2
     return {
         "images": images,
@@ -106,7 +109,9 @@ def measured(images: int, channels: int, side: int, seconds: float) -> dict[str,
         "quartiles_ms": {name: statistics.quantiles(taken, n=4)[::2] for name, taken in found.items()},
         "gflops": {name: operations / taken / 1e6 for name, taken in times.items()},
         "best": best,
+        "best_winograd": winograd,
         "times_faster": {name: times[name] / times[best] for name in ("eager", "direct")},
+        "winograd_times_faster": {name: times[name] / times[winograd] for name in ("eager", "direct")},
         "error": errors,
     }
 

@@ -198,16 +198,18 @@ def test_what_cannot_be_packed(weight: Tensor, bias: Tensor | None, dilation: in
     pixels=st.integers(1, 10**6),
     halo=st.integers(0, 10**4),
     floats=st.integers(32, 50000),
+    taps=st.integers(1, 50),
     blocks=st.integers(1, 200),
     threads=st.integers(1, 64),
 )
-def test_every_cut_is_one(pixels: int, halo: int, floats: int, blocks: int, threads: int) -> None:
-    cut = cut_of(pixels, halo, floats, blocks, threads, 2 << 20)
+def test_every_cut_is_one(pixels: int, halo: int, floats: int, taps: int, blocks: int, threads: int) -> None:
+    cut = cut_of(pixels, halo, floats, taps, blocks, threads, 2 << 20)
     assert cut.block % 32 == 0
     assert 0 < cut.block < pixels + 32
     assert 1 <= cut.output_step <= blocks
-    # There is work for at least half of the threads, where there are that many groups of pixels.
-    assert 2 * -(-pixels // cut.block) * (blocks // cut.output_step) >= min(threads, -(-pixels // 32))
+    # There is work for at least half of the threads, where there are that many groups of pixels or blocks of outputs.
+    units = -(-pixels // cut.block) * -(-blocks // cut.output_step)
+    assert 2 * units >= min(threads, max(blocks, -(-pixels // 32)))
 
 
 def test_a_processor_without_tiles_says_so() -> None:

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tersenet.kernels import threads
 from tersenet.kernels.layout import layout
 from tersenet.kernels.operator import winograd_conv2d
 from tersenet.kernels.pack import Packed, pack
+from tersenet.lowering.layers import Layer, has_amx
+from tersenet.lowering.modules import build
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,19 @@ def layers(isa: str | None = None) -> list[tuple[Tensor, Packed]]:
     torch.manual_seed(0)
     sizes = [(m, n, c, h, k) for m in (2, 4, 6) for n, c, h, k in ((1, 40, 12, 70), (2, 16, 61, 20))]
     return [(torch.randn(n, c, h, h), pack(torch.randn(k, c, 3, 3), torch.randn(k), m, isa)) for m, n, c, h, k in sizes]
+
+
+def products() -> list[Callable[[], list[Tensor]]]:
+    """Layers on the other dense kernels, with pixels or with outputs shared out."""
+    found: list[Callable[[], list[Tensor]]] = []
+    one = (1, 1)
+    for choice in ("gemm", "amx") if has_amx() else ("gemm",):
+        for c, h, k, stride in ((40, 12, 70, one), (16, 61, 20, one), (200, 7, 90, one), (40, 30, 30, (2, 2))):
+            layer = Layer("", torch.randn(k, c, 3, 3), torch.randn(k), stride, one, one, 1, False, "relu")
+            kernel = build(layer, choice, (1, c, h, h))
+            x = torch.randn(1, c, h, h).contiguous(memory_format=torch.channels_last)
+            found.append(lambda kernel=kernel, x=x: [kernel(x)])
+    return found
 
 
 def outputs(work: list[tuple[Tensor, Packed]]) -> list[Tensor]:
@@ -138,15 +154,15 @@ def test_no_threads_but_torchs() -> None:
 def test_ten_thousand_random_calls_leave_memory_flat() -> None:
     """Two Python threads, random sizes: equal results, and the process does not grow."""
     torch.set_num_threads(2)
-    work = [pair for isa in ISAS for pair in layers(isa)]
-    expected = outputs(work)
+    work = [partial(outputs, [pair]) for isa in ISAS for pair in layers(isa)] + products()
+    expected = [run() for run in work]
     wrong: list[int] = []
 
     def call(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(1000):
             i = int(torch.randint(len(work), (), generator=generator))
-            if not same(*outputs(work[i : i + 1]), expected[i]):
+            if not same(*work[i](), *expected[i]):
                 wrong.append(i)
 
     sizes: list[int] = []

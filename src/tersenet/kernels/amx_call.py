@@ -23,6 +23,7 @@ Pair = tuple[int, int]
 _L2_SHARE = 0.4  # of a core's second-level cache, for V; the weights of a block of outputs need room too
 _PLANE_TILES = 1.25  # times as many products cost less than copying each pixel for every row of the kernel
 _UNITS_PER_THREAD = 4  # so that no thread waits long for the last one
+_BLOCKS_PER_THREAD = 2  # the same where each block copies the lines between it and the next one again
 _THREAD_MACS = 2**20  # less than about 3 microseconds of work is not worth waking a thread
 
 
@@ -81,16 +82,22 @@ def _fills_tiles(channels: int, kernel: Pair) -> bool:
     return kernel[1] * -(-channels // CHUNK) <= _PLANE_TILES * -(-kernel[1] * channels // CHUNK)
 
 
-def cut_of(pixels: int, halo: int, floats: int, out_blocks: int, threads: int, l2_bytes: int) -> Cut:
-    """Blocks of equal size whose V, `floats` for each pixel, stays in the second-level cache."""
+def cut_of(pixels: int, halo: int, floats: int, taps: int, out_blocks: int, threads: int, l2_bytes: int) -> Cut:
+    """Blocks of equal size whose V, `floats` for each pixel, stays in the second-level cache.
+
+    Threads share out what is larger, so that each reads little of it: the weights, `taps` times `floats` for each
+    output channel, or the pixels.
+    """
     groups = -(-pixels // GROUP)
     most = max(1, (int(_L2_SHARE * l2_bytes) // (4 * floats) - halo) // GROUP)
-    blocks = -(-groups // most)
-    if threads > 1:
-        blocks = max(blocks, min(groups, threads))
-    block = -(-groups // blocks) * GROUP
-    units = -(-_UNITS_PER_THREAD * threads // -(-pixels // block)) if threads > 1 else 1
-    return Cut(block, max(1, out_blocks // units))
+    blocks, steps = -(-groups // most), 1
+    if threads > 1 and taps * out_blocks > groups:
+        steps = min(out_blocks, _UNITS_PER_THREAD * threads)
+        blocks = max(blocks, min(groups, -(-threads // steps)))
+    elif threads > 1:
+        blocks = max(blocks, min(groups, _BLOCKS_PER_THREAD * threads))
+        steps = -(-threads // blocks)
+    return Cut(-(-groups // blocks) * GROUP, max(1, out_blocks // steps))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -127,7 +134,7 @@ def amx_call(
     slices = -(-copied[1] * channels // CHUNK)
     vectors, outputs = copied[0] * slices, -(-out_channels // isa.channels)
     pixels, halo = (high - 1) * line + wide, (taps[0] - 1) * dilation[0] * line + (taps[1] - 1) * dilation[1]
-    cut = cut or cut_of(pixels, halo, vectors * CHUNK, outputs, threads, host().l2_bytes)
+    cut = cut or cut_of(pixels, halo, vectors * CHUNK, taps[0] * taps[1], outputs, threads, host().l2_bytes)
     blocks = -(-pixels // cut.block)
     kept = -(-cut.block // LINE) * LINE + halo
     v_block = vectors * kept * CHUNK

@@ -64,9 +64,9 @@ def bench(
 ) -> tuple[Bench, Lowered]:
     """`model` lowered, against `peers`, all float32 and on the same number of threads.
 
-    Every round gives each a turn, and starts with another one. A turn is two passes, of which the second is timed: by
-    then the threads of the runtime before it sleep, and its own weights are where a loop of passes finds them. Weights
-    are packed and memory is channels-last before time is taken, where a runtime can do that.
+    Every round gives each a turn, and starts with another one. A turn is passes for a fifth of a second and then one
+    that is timed: by then the threads of the runtime before it sleep, and its own weights are where a loop of passes
+    finds them. Weights are packed and memory is channels-last before time is taken, where a runtime can do that.
 
     Raises:
         TersenetError: an unknown peer, rounds or threads below 1.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+_WARM_SECONDS = 0.2
+
 Clock = Callable[[], int]
 """Nanoseconds, such as `time.perf_counter_ns` or `time.thread_time_ns`."""
 
@@ -19,14 +21,18 @@ def in_turns(
 
 
 def warm_in_turns(runners: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """The same where a turn is two passes, of which the second is timed: by then the threads of the one before sleep,
-    and what a runner reads is where a loop of its passes finds it."""
+    """The same where passes for a fifth of a second come before each timed one: what a runner reads is then where a loop
+    of its passes finds it. The threads of the one before sleep by then (those of ONNX Runtime wait actively for 0.1
+    seconds), and the system has put its own on processors of their own, which takes as long where it packs them."""
 
-    def second(run: Callable[[], Any]) -> float:
+    def warm(run: Callable[[], Any]) -> float:
+        end = time.perf_counter() + _WARM_SECONDS
         run()
+        while time.perf_counter() < end:
+            run()
         return timed(run)
 
-    return called_in_turns({name: partial(second, run) for name, run in runners.items()}, rounds)
+    return called_in_turns({name: partial(warm, run) for name, run in runners.items()}, rounds)
 
 
 def called_in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
