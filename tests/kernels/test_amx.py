@@ -34,12 +34,13 @@ def run(
     activation: str = "none",
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
+    groups: int = 1,
     threads: int = 1,
     cut: Cut | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    packed = pack_amx(weight, bias, stride, dilation)
-    moves = (packed.plane, dilation, packed.kernel, stride, padding)
+    packed = pack_amx(weight, bias, stride, dilation, groups)
+    moves = (packed.plane, dilation, groups, packed.kernel, stride, padding)
     call = amx_call(packed.algorithm, tuple(x.shape), x.stride(), *moves, len(weight), activation, threads, cut)
     return call.run(x, packed.tables, residual, out)
 
@@ -92,6 +93,33 @@ def test_equals_torch(
     assert found.is_contiguous(memory_format=torch.channels_last)
     size = F.conv2d(x.double().abs(), weight.double().abs(), b.double().abs() if bias else None, *moves).norm()
     assert float((found - expected).norm()) <= ERROR * float(size + (0 if added is None else added.norm()))
+
+
+@needs_amx
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 2),
+    groups=st.integers(1, 5),
+    c=st.integers(1, 70),
+    k=st.integers(1, 70),
+    side=st.integers(3, 12),
+    size=st.sampled_from([1, 3]),
+    stride=st.integers(1, 2),
+    threads=st.integers(1, 2),
+)
+@example(1, 4, 64, 64, 14, 3, 1, 2)
+def test_groups_of_channels(
+    n: int, groups: int, c: int, k: int, side: int, size: int, stride: int, threads: int
+) -> None:
+    stride = 1 if size == 3 else stride
+    x, weight, b = case(7, n, groups * c, side, side, groups * k, (size, size))
+    weight = weight[:, :c]
+    pads = (size // 2,) * 2
+    moves = ((stride, stride), pads, (1, 1), groups)
+    expected = F.conv2d(x.double(), weight.double(), b.double(), *moves).relu()
+    found = run(x, weight, b, None, (stride, stride), "relu", pads, groups=groups, threads=threads)
+    size_of = F.conv2d(x.double().abs(), weight.double().abs(), b.double().abs(), *moves).norm()
+    assert float((found - expected).norm()) <= ERROR * float(size_of)
 
 
 @needs_amx
@@ -185,7 +213,7 @@ def test_an_empty_batch() -> None:
         (torch.zeros(4, 0, 1, 1), None, 1, "weight"),
         (torch.zeros(4, 4, 1, 1, device="meta"), None, 1, "is on meta"),
         (torch.zeros(4, 4, 1, 1), torch.zeros(3), 1, r"bias \(=\(3,\)\) must have one value for each of 4"),
-        (torch.zeros(4, 4, 3, 3), None, 2, "a stride .* or a dilation .* not both"),
+        (torch.zeros(4, 4, 3, 3), None, 2, "with a stride .* can have no dilation"),
     ],
 )
 def test_what_cannot_be_packed(weight: Tensor, bias: Tensor | None, dilation: int, message: str) -> None:
@@ -198,12 +226,12 @@ def test_what_cannot_be_packed(weight: Tensor, bias: Tensor | None, dilation: in
     pixels=st.integers(1, 10**6),
     halo=st.integers(0, 10**4),
     floats=st.integers(32, 50000),
-    taps=st.integers(1, 50),
+    weights=st.integers(32, 500000),
     blocks=st.integers(1, 200),
     threads=st.integers(1, 64),
 )
-def test_every_cut_is_one(pixels: int, halo: int, floats: int, taps: int, blocks: int, threads: int) -> None:
-    cut = cut_of(pixels, halo, floats, taps, blocks, threads, 2 << 20)
+def test_every_cut_is_one(pixels: int, halo: int, floats: int, weights: int, blocks: int, threads: int) -> None:
+    cut = cut_of(pixels, halo, floats, weights, blocks, threads, 2 << 20)
     assert cut.block % 32 == 0
     assert 0 < cut.block < pixels + 32
     assert 1 <= cut.output_step <= blocks

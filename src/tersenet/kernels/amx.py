@@ -9,6 +9,8 @@ A block of pixels is split into V once. Stride 1: V is the padded image, and eac
 it, so nothing is copied twice; the products are made for the columns of padding too, and dropped. Else V is what the
 kernel covers, row by row (a segment).
 
+With groups of channels, each has chunks and blocks of its own.
+
 * U[block of output channels][chunk][tap][low, high][column][pair of inputs][16 outputs x 2]
 * V[chunk of 32 inputs][high, low][pixel][32]
 
@@ -204,24 +206,28 @@ def _outputs(module: Module, isa: Isa) -> None:
         "ptr %context, ptr noalias %v, ptr noalias %m, i64 %image, i64 %pixel, i64 %count, i64 %output",
     )
     c = ContextReader(
-        f, "weight", "bias", "r", "y", "vectors", "size_high", "size_wide", "out_channels", "out_height", "out_width"
-    )
+        f, "weight", "bias", "r", "y", "vectors", "size_high", "size_wide", "out_channels", "out_height", "out_width",
+        "group_channels", "group_outputs", "v_vector",
+    )  # fmt: skip
     panel = f.mul(f.mul(f.mul(c["vectors"], c["size_high"]), c["size_wide"]), 2 * isa.columns * TILE)
     u = f.offset(c["weight"], f.mul("%output", panel))
-    begin = f.mul("%output", isa.channels)
-    left_over = f.sub(c["out_channels"], begin)
-    columns = vectors_of(f, isa, "%output", c["out_channels"])
-    bias = f.offset(c["bias"], begin)
+    group, inside = f.divmod("%output", c["group_outputs"])
+    before = f.mul(inside, isa.channels)
+    begin = f.add(f.mul(group, c["group_channels"]), before)
+    left_over = f.sub(c["group_channels"], before)
+    columns = vectors_of(f, isa, inside, c["group_channels"])
+    bias = f.offset(c["bias"], f.mul("%output", isa.channels))
+    own = f.offset("%v", f.mul(group, f.mul(c["vectors"], c["v_vector"])))
     image = f.mul(f.mul(f.mul("%image", c["out_height"]), c["out_width"]), c["out_channels"])
     r, y = (f.offset(c[name], f.add(image, begin)) for name in "ry")
-    with f.loop("%count", step=GROUP) as group:
-        left = f.minimum(f.sub("%count", group.index), GROUP)
+    with f.loop("%count", step=GROUP) as part:
+        left = f.minimum(f.sub("%count", part.index), GROUP)
         rows = f.divmod(f.add(left, LINE - 1), LINE)[0]
-        v = f.offset("%v", f.mul(group.index, LINE))
+        v = f.offset(own, f.mul(part.index, LINE))
         f.call("product", "ptr %context", f"ptr {v}", f"ptr {u}", "ptr %m", f"i64 {rows}", f"i64 {columns}")
         f.call(
             "finish", "ptr %context", "ptr %m", f"ptr {bias}", f"ptr {r}", f"ptr {y}",
-            f"i64 {f.add('%pixel', group.index)}", f"i64 {left}", f"i64 {left_over}",
+            f"i64 {f.add('%pixel', part.index)}", f"i64 {left}", f"i64 {left_over}",
         )  # fmt: skip
 
 

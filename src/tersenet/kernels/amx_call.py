@@ -31,7 +31,8 @@ _THREAD_MACS = 2**20  # less than about 3 microseconds of work is not worth waki
 class PackedAmx:
     """`weight` in its bfloat16 parts, in tiles (see `amx`), and `bias` (padded C_out,), padded with zeros.
 
-    `plane`: the kernel's taps are places of one padded image; else each row of the kernel is a segment.
+    `in_channels` of all groups. `plane`: the kernel's taps are places of one padded image; else each row of the
+    kernel is a segment.
     """
 
     algorithm: Amx
@@ -40,13 +41,17 @@ class PackedAmx:
     out_channels: int
     kernel: Pair
     dilation: Pair
+    groups: int
     plane: bool
 
 
-def pack_amx(weight: Tensor, bias: Tensor | None = None, stride: Pair = (1, 1), dilation: Pair = (1, 1)) -> PackedAmx:
-    """Split and pack the weight (C_out, C_in, kH, kW) of a convolution, and its bias (C_out,).
+def pack_amx(
+    weight: Tensor, bias: Tensor | None = None, stride: Pair = (1, 1), dilation: Pair = (1, 1), groups: int = 1
+) -> PackedAmx:
+    """Split and pack the weight (C_out, C_in / groups, kH, kW) of a convolution, and its bias (C_out,).
 
-    Raises: TersenetError for another shape, type or device, dilation beside a stride, or a processor without AMX.
+    Raises: TersenetError for another shape, type or device, dilation or groups of larger kernels beside a stride, or a
+        processor without AMX.
     """
     algorithm = Amx(host().amx())
     if weight.ndim != 4 or 0 in weight.shape or weight.dtype != torch.float32:
@@ -55,26 +60,32 @@ def pack_amx(weight: Tensor, bias: Tensor | None = None, stride: Pair = (1, 1), 
         )
     if weight.device.type != "cpu":
         raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
-    if max(stride) > 1 and max(dilation) > 1:
-        raise TersenetError(f"a convolution has a stride (={stride}) or a dilation (={dilation}) here, not both")
     outputs, inputs, high, wide = weight.shape
-    block = algorithm.isa.channels
-    added = torch.zeros(-(-outputs // block) * block)
-    if bias is not None:
-        if bias.shape != (outputs,):
-            raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {outputs} channels")
-        added[:outputs] = bias.detach()
-    plane = max(dilation) > 1 or (stride == (1, 1) and _fills_tiles(inputs, (high, wide)))
+    if max(stride) > 1 and (max(dilation) > 1 or (groups > 1 and (high, wide) != (1, 1))):
+        raise TersenetError(
+            f"a convolution with a stride (={stride}) can have no dilation (={dilation}) here, and groups (={groups}) "
+            "only if its kernel is 1x1"
+        )
+    if groups < 1 or outputs % groups:
+        raise TersenetError(f"groups (={groups}) must be a divisor of the {outputs} output channels")
+    if bias is not None and bias.shape != (outputs,):
+        raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {outputs} channels")
+    added = torch.zeros(outputs) if bias is None else bias.detach()
+    empty = -(outputs // groups) % algorithm.isa.channels  # of each group's last block
+    added = F.pad(added.unflatten(0, (groups, -1)), (0, empty)).flatten()
+    plane = stride == (1, 1) and (max(*dilation, groups) > 1 or _fills_tiles(inputs, (high, wide)))
     taps = weight.detach().permute(0, 2, 3, 1)  # outputs, rows, columns, inputs
     # outputs, parts of the kernel that V has one after the other, taps within it, floats
     rows = taps.flatten(1, 2).unsqueeze(1) if plane else taps.flatten(2).unsqueeze(2)
-    rows = F.pad(rows, (0, -rows.shape[3] % CHUNK, 0, 0, 0, 0, 0, -outputs % block))
+    rows = F.pad(rows, (0, -rows.shape[3] % CHUNK)).unflatten(0, (groups, -1))
+    rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, empty)).flatten(0, 1)
     tiles = rows.unflatten(3, (-1, CHUNK // 2, 2)).unflatten(0, (-1, algorithm.isa.columns, LINE))
     # block, column, output, part, tap, chunk, pair, 2 -> block, part, chunk, tap, column, pair, output, 2
     tiles = tiles.permute(0, 3, 5, 4, 1, 6, 2, 7)
     large = tiles.bfloat16()
     packed = torch.stack([(tiles - large).bfloat16(), large], 4)
-    return PackedAmx(algorithm, Tables(settled(packed), added), inputs, outputs, (high, wide), dilation, plane)
+    tables = Tables(settled(packed), added.contiguous())
+    return PackedAmx(algorithm, tables, groups * inputs, outputs, (high, wide), dilation, groups, plane)
 
 
 def _fills_tiles(channels: int, kernel: Pair) -> bool:
@@ -82,16 +93,16 @@ def _fills_tiles(channels: int, kernel: Pair) -> bool:
     return kernel[1] * -(-channels // CHUNK) <= _PLANE_TILES * -(-kernel[1] * channels // CHUNK)
 
 
-def cut_of(pixels: int, halo: int, floats: int, taps: int, out_blocks: int, threads: int, l2_bytes: int) -> Cut:
+def cut_of(pixels: int, halo: int, floats: int, weights: int, out_blocks: int, threads: int, l2_bytes: int) -> Cut:
     """Blocks of equal size whose V, `floats` for each pixel, stays in the second-level cache.
 
-    Threads share out what is larger, so that each reads little of it: the weights, `taps` times `floats` for each
-    output channel, or the pixels.
+    Threads share out what is larger, so that each reads little of it: the weights, so many for each output channel, or
+    the pixels.
     """
     groups = -(-pixels // GROUP)
     most = max(1, (int(_L2_SHARE * l2_bytes) // (4 * floats) - halo) // GROUP)
     blocks, steps = -(-groups // most), 1
-    if threads > 1 and taps * out_blocks > groups:
+    if threads > 1 and weights * out_blocks > floats * groups:
         steps = min(out_blocks, _UNITS_PER_THREAD * threads)
         blocks = max(blocks, min(groups, -(-threads // steps)))
     elif threads > 1:
@@ -107,6 +118,7 @@ def amx_call(
     x_strides: tuple[int, ...],
     plane: bool,
     dilation: Pair,
+    groups: int,
     kernel: Pair,
     stride: Pair,
     padding: Pair,
@@ -118,7 +130,7 @@ def amx_call(
     """For inputs (N, C_in, H, W) whose channels lie together, and without `plane` the pixels of a row too, and a
     residual that is contiguous in channels-last memory. Nothing is checked."""
     isa = algorithm.isa
-    images, channels, height, width = x
+    images, channels, height, width = x[0], x[1] // groups, x[2], x[3]
     high, wide = (
         (length + 2 * pad - apart * (size - 1) - 1) // step + 1
         for length, pad, size, step, apart in zip(x[2:], padding, kernel, stride, dilation, strict=True)
@@ -132,12 +144,13 @@ def amx_call(
     line = width + 2 * padding[1] if plane else wide
     taps, copied = (kernel, (1, 1)) if plane else ((1, 1), kernel)
     slices = -(-copied[1] * channels // CHUNK)
-    vectors, outputs = copied[0] * slices, -(-out_channels // isa.channels)
+    vectors, in_group = copied[0] * slices, -(-(out_channels // groups) // isa.channels)
+    floats, outputs = vectors * CHUNK, groups * in_group
     pixels, halo = (high - 1) * line + wide, (taps[0] - 1) * dilation[0] * line + (taps[1] - 1) * dilation[1]
-    cut = cut or cut_of(pixels, halo, vectors * CHUNK, taps[0] * taps[1], outputs, threads, host().l2_bytes)
+    cut = cut or cut_of(pixels, halo, groups * floats, taps[0] * taps[1] * floats, outputs, threads, host().l2_bytes)
     blocks = -(-pixels // cut.block)
     kept = -(-cut.block // LINE) * LINE + halo
-    v_block = vectors * kept * CHUNK
+    v_block = groups * kept * floats
     own = LINE + v_block + 2 * isa.columns * TILE + LINE
     low, high_bits = BITS[activation]
     fields = {
@@ -148,6 +161,7 @@ def amx_call(
         "tap_high": dilation[0] * line * LINE, "tap_wide": dilation[1] * LINE,
         "out_height": high, "out_width": wide, "out_channels": out_channels, "tiles": pixels,
         "block": cut.block, "block_count": blocks, "units": images * blocks, "v_block": v_block,
+        "groups": groups, "group_channels": out_channels // groups, "group_outputs": in_group,
         "v_vector": kept * CHUNK, "v_low": kept * LINE, "vectors": vectors, "slices": slices,
         "outputs": outputs, "output_step": cut.output_step, "scratch_stride": own,
         "low": low, "high": high_bits, "silu": activation == "silu",

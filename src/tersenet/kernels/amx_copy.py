@@ -13,13 +13,14 @@ _SPLIT = "@llvm.x86.avx512bf16.cvtne2ps2bf16.512"
 
 def copy_function(module: Module) -> None:
     """`copy`: V of `%count` pixels of `%image`, from `%pixel` on: positions of the kernel of `copy_high` by `copy_wide`
-    pixels, in lines of `line`. Each row of that kernel is a segment, whose pixels lie side by side in the image. What
-    is outside the image, and what fills up a segment's last chunk, is zero."""
+    pixels, in lines of `line`. Each row of that kernel is a segment, whose pixels lie side by side in the image; or
+    the kernel is one pixel, and each of its `groups` of `channels` is a segment. What is outside the image, and what
+    fills up a segment's last chunk, is zero."""
     module.declarations.add(f"declare {_PARTS} {_SPLIT}({_VECTOR}, {_VECTOR})")
     f = module.function("copy", "ptr %context, ptr noalias %v, i64 %image, i64 %pixel, i64 %count")
     c = ContextReader(
         f, "x", "x_image", "x_row", "x_column", "channels", "height", "width", "pad_top", "pad_left",
-        "copy_high", "copy_wide", "step_high", "step_wide", "line", "slices", "v_vector", "v_low",
+        "copy_high", "copy_wide", "step_high", "step_wide", "line", "groups", "slices", "v_vector", "v_low",
     )  # fmt: skip
     floats = f.mul(c["copy_wide"], c["channels"])
     image = f.offset(c["x"], f.mul("%image", c["x_image"]))
@@ -35,10 +36,11 @@ def copy_function(module: Module) -> None:
         begin = f.mul(f.maximum(f.sub("0", left), 0), c["channels"])
         end = f.mul(f.minimum(c["copy_wide"], f.sub(c["width"], left)), c["channels"])
         is_wide = f.both(is_even, f.both(f.compare("eq", begin, 0), f.compare("eq", end, floats)))
-        with f.loop(c["copy_high"]) as row:
+        with f.loop(c["copy_high"]) as row, f.loop(c["groups"]) as group:
             y = f.add(top, row.index)
-            source = f.offset(x, f.mul(y, c["x_row"]))
-            target = f.offset(own, f.mul(f.mul(row.index, c["slices"]), c["v_vector"]))
+            source = f.offset(x, f.add(f.mul(y, c["x_row"]), f.mul(group.index, c["channels"])))
+            segment = f.mul(f.add(row.index, group.index), c["slices"])  # one of them counts
+            target = f.offset(own, f.mul(segment, c["v_vector"]))
             is_high = f.compare("ult", y, c["height"])  # unsigned: what is negative is not inside either
             is_whole = f.both(is_high, is_wide)
             with f.when(is_whole), f.loop(c["slices"]) as chunk:

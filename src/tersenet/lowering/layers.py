@@ -33,6 +33,7 @@ GEMM = "gemm"
 """The generated kernel for dense convolutions, a product of matrices."""
 AMX = "amx"
 """The same on AMX's matrix tiles: products of the bfloat16 parts of float32 numbers, summed in float32."""
+_AMX_GROUP = 8  # channels of a group; with fewer, tiles are too empty to be worth a try
 CHOICES = ("torch", "direct", GEMM, AMX, *WINOGRAD, *SPARSE)
 
 
@@ -62,7 +63,10 @@ class Layer:
     def fits(self, choice: str) -> bool:
         """Whether the kernel `choice` can compute this."""
         if choice == AMX:
-            return self.groups == 1 and (1, 1) in (self.stride, self.dilation)
+            is_single = self.stride == (1, 1) or (self.dilation == (1, 1) and self.groups == 1)
+            wide = min(self.weight.shape[0] // self.groups, self.weight.shape[1]) >= _AMX_GROUP
+            is_pixel = self.dilation == (1, 1) and tuple(self.weight.shape[2:]) == (1, 1)
+            return (self.groups == 1 or wide) and (is_single or is_pixel)
         if choice == GEMM:
             return self.groups == 1 and self.dilation == (1, 1)
         return choice in ("torch", "direct") or (choice in WINOGRAD and self.fits_winograd)

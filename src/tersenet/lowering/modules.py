@@ -89,7 +89,7 @@ class GemmConvolution(TorchConvolution):
     def __init__(self, layer: Layer, choice: str) -> None:
         super().__init__(layer)
         weight = (layer.weight, layer.bias)
-        self._packed = pack_amx(*weight, layer.stride, layer.dilation) if choice == AMX else pack_gemm(*weight)
+        self._packed = pack_amx(*weight, layer.stride, layer.dilation, layer.groups) if choice == AMX else pack_gemm(*weight)
         self._moves, self._reuse = (self._packed.kernel, layer.stride, layer.padding), layer.reuse
         self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation]
         self._cut_off = layer.activation if self._function is None else "none"
@@ -119,7 +119,7 @@ class GemmConvolution(TorchConvolution):
             return None
         sizes, settings = (tuple(x.shape), x.stride()), (packed.out_channels, self._cut_off, threads.available())
         if isinstance(packed, PackedAmx):
-            call = amx_call(packed.algorithm, *sizes, is_plane, packed.dilation, *self._moves, *settings)
+            call = amx_call(packed.algorithm, *sizes, is_plane, packed.dilation, packed.groups, *self._moves, *settings)
         else:
             call = gemm_call(packed.algorithm, *sizes, residual is not None, *self._moves, *settings)
         if min(call.shape[2:]) < 1:
