@@ -6,6 +6,7 @@ Networks: VGG-16 and ResNet-18 at 224 x 224, batch 1, float32, random weights: t
 Every convolution of 3x3 with a stride of 1 but the first has its weight in the domain of F(4, 3), on maps of 7 x 7 of
 F(2, 3), the ReLU too where it can move; a random quarter of the weights is left, in blocks of 16 output channels by one
 input channel, and unstructured. One more has half of the channels everywhere, and 30 % of its weights in such blocks.
+Each of these is also there with the linear layers of VGG-16 pruned alike, all but the last: half a gigabyte of weights.
 They are lowered, and run in turns with the dense network: lowered, and on the other runtimes that are installed. Ratios
 are of medians, against the best runtime that does not use Winograd's algorithm (`direct`) and against the best of all.
 
@@ -33,6 +34,7 @@ from benchmarks.cifar_resnet import CPU
 from torch import Tensor, nn
 
 from tersenet.environment import environment, installed
+from tersenet.graph.edits_sparse import Sparsify
 from tersenet.graph.model import ModelGraph
 from tersenet.lowering.assign import channels_last, distance
 from tersenet.lowering.layers import DomainLayer, Layer
@@ -43,6 +45,7 @@ from tersenet.measuring.turns import warm_in_turns
 from tersenet.methods.base import Context
 from tersenet.methods.sparse_winograd import SparseWinograd
 from tersenet.models.build import build
+from tersenet.nn.masked import MaskedWeight, masked_layers
 from tersenet.nn.winograd_relu import WinogradReLUConv2d
 from tersenet.nn.winograd_relu_settings import WinogradReLUSettings
 from tersenet.train.settings import Fit
@@ -54,12 +57,15 @@ NETWORKS = ("vgg16", "resnet18")
 # Layers on maps of 7 x 7: F(4, 3) would compute 8 x 8, with 2.25 times the weights.
 SMALL = {"vgg16": (), "resnet18": ("layer4.*",)}
 DIRECT = ("eager", "compile", "onnxruntime", "openvino")
-# Network -> share of its channels, density and block of output channels.
+# Case -> share of the channels, density and block of output channels, in `LINEAR` networks without and with the linear
+# layers.
 CASES = {
     "25 % in 16x1": (1.0, 0.25, 16),
     "25 % unstructured": (1.0, 0.25, 1),
     "half of the channels, 30 % in 16x1": (0.5, 0.3, 16),
 }
+TOO = ", linear layers too"
+LINEAR = ("vgg16",)  # ResNet-18 has but the last
 # Channels and side of the map.
 SHAPES = (
     (64, 224), (128, 112), (256, 56), (512, 28), (512, 14), (64, 56), (128, 28), (256, 14), (512, 7),
@@ -122,8 +128,11 @@ def networks(name: str, threads: int, rounds: int, peers: list[str]) -> dict[str
         runners[label] = lambda: fast(ordered)
 
     lowered("dense", dense)
-    for label, (width, density, block) in CASES.items():
-        lowered(label, pruned(name, width, density, block))
+    labels = ["dense"]
+    for label, case in CASES.items():
+        for more in ("", TOO) if name in LINEAR else ("",):
+            labels.append(label + more)
+            lowered(label + more, pruned(name, *case, linear=bool(more)))
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         expected = dense(x)
         for peer in peers:
@@ -140,7 +149,7 @@ def networks(name: str, threads: int, rounds: int, peers: list[str]) -> dict[str
     direct = {peer: medians[peer] for peer in DIRECT if peer in medians}
     all_peers = {peer: medians[peer] for peer in peers if peer in medians}
     ratios: dict[str, Any] = {}
-    for label in ("dense", *CASES):
+    for label in labels:
         own: dict[str, Any] = {"of_dense_lowered": medians["dense"] / medians[label]}
         for title, known in (("of_best_direct", direct), ("of_best", all_peers)):
             if known:
@@ -160,8 +169,9 @@ def networks(name: str, threads: int, rounds: int, peers: list[str]) -> dict[str
     }
 
 
-def pruned(name: str, width: float, density: float, block: int) -> nn.Module:
-    """The network with a share of its channels, and a random share of its weights in the Winograd domain."""
+def pruned(name: str, width: float, density: float, block: int, linear: bool) -> nn.Module:
+    """The network with a share of its channels, and a random share of its weights in the Winograd domain, and of those
+    of linear layers but the last."""
     graph = ModelGraph(build(name, width=int(64 * width)).eval(), (torch.zeros(2, *IMAGE[1:]),))
     small = SMALL[name]
     steps: list[dict[str, Any]] = [{"tile": TILE, "exclude": ("position:first", *small)}]
@@ -173,12 +183,16 @@ def pruned(name: str, width: float, density: float, block: int) -> nn.Module:
         if isinstance(module, WinogradReLUConv2d):
             module.reset("unit")
             sparse(module, density, block)
+    hidden = [layer for layer, module in graph.model.named_modules() if isinstance(module, nn.Linear)][:-1]
+    for layer in hidden if linear else ():
+        graph.apply(Sparsify(module=layer))
+        sparse(masked_layers(graph.model)[layer], density, block)
     return graph.model.eval()
 
 
-def sparse(module: WinogradReLUConv2d, density: float, block: int) -> None:
+def sparse(module: MaskedWeight, density: float, block: int) -> None:
     """Keep exactly int(density * blocks) blocks of the layer, drawn at random."""
-    taps, inputs, outputs = module.weight.shape
+    taps, inputs, outputs = module.canonical(module.weight).shape
     scores = torch.rand(taps, inputs, -(-outputs // block))
     kept = torch.zeros(scores.numel(), dtype=torch.bool)
     kept[scores.flatten().argsort()[: max(1, int(density * scores.numel()))]] = True

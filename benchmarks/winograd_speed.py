@@ -1,12 +1,13 @@
-"""Single 3x3 convolutions on the generated kernels, Winograd's and AMX's, beside PyTorch's and oneDNN's with a packed weight.
+"""Single 3x3 convolutions on the generated kernels, Winograd's and AMX's, beside PyTorch's and oneDNN's, packed.
 
     python -m benchmarks.winograd_speed --threads 1
 
 A row is three equal layers with bias and ReLU behind each other, each with a weight of its own, so that weights come
 from as far as in a network; times are a third of that. Contenders run in turns: `eager`, which packs its weight anew in
-every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx` where the processor has it. On one thread processor time counts, else wall
-time. `gflops` counts the direct convolution's operations for every contender, and `error` is the relative L2 distance
-of the third layer's result from float64.
+every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx`, `F2 amx` and `F4 amx` where the
+processor has it; `direct bf16` and `amx half` are bfloat16, and compared with each other only. On one thread processor
+time counts, else wall time. `gflops` counts the direct convolution's operations for every contender, and `error` is the
+relative L2 distance of the third layer's result from float64.
 
 Nothing else should run meanwhile. Writes winograd_speed.json beside this file after each row; a row that is in it, from
 the same environment, is not measured again. Two minutes.
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from tersenet.measuring.turns import in_turns
 
 RESULT = Path(__file__).with_suffix(".json")
 DEPTH = 3
-CHOICES = {"eager": "torch", "direct": "direct", "F2": "F2", "F4": "F4", "F6": "F6", "amx": "amx"}
+CHOICES = {"eager": "torch", "direct": "direct", "F2": "F2", "F4": "F4", "F6": "F6"}
+ON_AMX = ("amx", "F2 amx", "F4 amx", "amx half", "direct bf16")
 # Images, channels and side of the map: the layers of ResNet-18 and VGG-16, and some of them for eight images.
 SHAPES = (
     (1, 64, 56), (1, 128, 28), (1, 256, 14), (1, 512, 7),
@@ -88,17 +91,19 @@ def measured(images: int, channels: int, side: int, seconds: float) -> dict[str,
             assert layer.bias is not None
             exact = F.conv2d(exact, layer.weight.double(), layer.bias.double(), padding=1).relu_()
         runners: dict[str, Callable[[], Tensor]] = {}
-        for name, choice in CHOICES.items():
-            if name == "amx" and not has_amx():
-                continue
-            runners[name] = chain([build(layer, choice, size) for layer in layers], x)
+        for name, choice in {**CHOICES, **({one: one for one in ON_AMX} if has_amx() else {})}.items():
+            if name == "direct bf16":
+                rounded = [replace(layer, weight=layer.weight.bfloat16()) for layer in layers]
+                runners[name] = chain([build(layer, "direct", size) for layer in rounded], x.bfloat16())
+            else:
+                runners[name] = chain([build(layer, choice, size) for layer in layers], x)
         errors = {name: float((run() - exact).norm() / exact.norm()) for name, run in runners.items()}
         first = in_turns(runners, 1, clock)
         rounds = max(5, int(1e3 * seconds / sum(taken[0] for taken in first.values())))
         found = {name: [t / DEPTH for t in taken] for name, taken in in_turns(runners, rounds, clock).items()}
     times = {name: statistics.median(taken) for name, taken in found.items()}
     winograd = min(("F2", "F4", "F6"), key=times.__getitem__)
-    best = min((winograd, "amx"), key=lambda name: times.get(name, math.inf))
+    best = min((winograd, *ON_AMX[:3]), key=lambda name: times.get(name, math.inf))
     operations = 2 * 9 * images * channels**2 * side**2
     return {
         "images": images,
@@ -112,6 +117,7 @@ def measured(images: int, channels: int, side: int, seconds: float) -> dict[str,
         "best_winograd": winograd,
         "times_faster": {name: times[name] / times[best] for name in ("eager", "direct")},
         "winograd_times_faster": {name: times[name] / times[winograd] for name in ("eager", "direct")},
+        "half_times_faster": times["direct bf16"] / times["amx half"] if "amx half" in times else None,
         "error": errors,
     }
 

@@ -16,6 +16,11 @@ from tersenet.errors import TersenetError
 from tersenet.kernels.amx_call import amx_call, cut_of, pack_amx
 from tersenet.kernels.gemm_call import Cut
 from tersenet.kernels.host import AMX, Host, host
+from tersenet.kernels.operator import winograd_conv2d
+from tersenet.kernels.pack import pack, pack_domain
+from tersenet.kernels.plan import Plan
+from tersenet.kernels.winograd import Tables
+from tersenet.kernels.winograd import run as winograd_run
 
 Pair = tuple[int, int]
 
@@ -35,11 +40,12 @@ def run(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
+    half: bool = False,
     threads: int = 1,
     cut: Cut | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    packed = pack_amx(weight, bias, stride, dilation, groups)
+    packed = pack_amx(weight, bias, stride, dilation, groups, half)
     moves = (packed.plane, dilation, groups, packed.kernel, stride, padding)
     call = amx_call(packed.algorithm, tuple(x.shape), x.stride(), *moves, len(weight), activation, threads, cut)
     return call.run(x, packed.tables, residual, out)
@@ -120,6 +126,31 @@ def test_groups_of_channels(
     found = run(x, weight, b, None, (stride, stride), "relu", pads, groups=groups, threads=threads)
     size_of = F.conv2d(x.double().abs(), weight.double().abs(), b.double().abs(), *moves).norm()
     assert float((found - expected).norm()) <= ERROR * float(size_of)
+
+
+@needs_amx
+@settings(max_examples=30, deadline=None)
+@given(
+    c=st.integers(1, 100),
+    k=st.integers(1, 70),
+    side=st.integers(3, 12),
+    size=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    groups=st.integers(1, 2),
+)
+def test_half_is_the_convolution_of_rounded_numbers(
+    c: int, k: int, side: int, size: int, stride: int, groups: int
+) -> None:
+    groups = 1 if size > 1 and stride > 1 else groups
+    x, weight, b = case(10, 2, groups * c, side, side, groups * k, (size, size))
+    weight = weight[:, :c]
+    rounded = [one.bfloat16().double() for one in (x, weight)]
+    moves = ((stride, stride), (1, 1), (1, 1), groups)
+    found = run(x, weight, b, None, (stride, stride), padding=(1, 1), groups=groups, half=True)
+    expected = F.conv2d(*rounded, b.double(), *moves)
+    assert float((found - expected).norm()) <= 1e-6 * float(
+        F.conv2d(*(one.abs() for one in rounded), None, *moves).norm() + b.norm()
+    )
 
 
 @needs_amx
@@ -238,6 +269,68 @@ def test_every_cut_is_one(pixels: int, halo: int, floats: int, weights: int, blo
     # There is work for at least half of the threads, where there are that many groups of pixels or blocks of outputs.
     units = -(-pixels // cut.block) * -(-blocks // cut.output_step)
     assert 2 * units >= min(threads, max(blocks, -(-pixels // 32)))
+
+
+# The same for Winograd's transforms, which enlarge it.
+WINOGRAD_ERRORS = {2: 1e-5, 4: 6e-5, 6: 2e-4}
+
+
+@needs_amx
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.sampled_from([2, 4, 6]),
+    n=st.integers(1, 3),
+    c=st.integers(1, 70),
+    h=st.integers(3, 20),
+    w=st.integers(3, 20),
+    k=st.integers(1, 70),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    residual=st.booleans(),
+    block=st.integers(1, 70),
+    shared=st.booleans(),
+    step=st.integers(1, 3),
+    threads=st.integers(1, 2),
+)
+@example(4, 1, 64, 56, 56, 64, (1, 1), "relu", True, 32, False, 2, 1)
+@example(2, 1, 512, 7, 7, 512, (1, 1), "none", False, 16, True, 4, 2)
+def test_winograd_in_parts(
+    m: int, n: int, c: int, h: int, w: int, k: int, padding: Pair, activation: str, residual: bool, block: int,
+    shared: bool, step: int, threads: int,
+) -> None:  # fmt: skip
+    x, weight, b = case(8, n, c, h, w, k, (3, 3))
+    packed = pack(weight, b, m, kept="parts")
+    exact = F.conv2d(x.double(), weight.double(), b.double(), padding=padding)
+    added = torch.randn(exact.shape).contiguous(memory_format=torch.channels_last) if residual else None
+    found = winograd_conv2d(x, packed, padding, added, activation)
+    expected = ACTIVATIONS[activation](exact if added is None else exact + added)
+    size = F.conv2d(x.double().abs(), weight.double().abs(), b.double().abs(), padding=padding).norm()
+    assert float((found - expected).norm()) <= WINOGRAD_ERRORS[m] * float(size)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        tables, cut = Tables(packed.weight, packed.bias), Plan(block, shared, step, 1)
+        assert same(winograd_run(x, tables, added, padding, k, packed.algorithm, activation, cut), found)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_amx
+@pytest.mark.parametrize(("m", "least", "most"), [(2, 1e-6, 1e-5), (4, 5e-6, 1e-4)])
+def test_error_of_winograd_in_parts(m: int, least: float, most: float) -> None:
+    """Within what is asked of these kernels, relative to the result itself."""
+    x, weight, b = case(9, 1, 128, 28, 28, 128, (3, 3))
+    expected = F.conv2d(x.relu().double(), weight.double(), b.double(), padding=1)
+    assert least < relative_error(winograd_conv2d(x.relu(), pack(weight, b, m, kept="parts"), (1, 1)), expected) < most
+
+
+@needs_amx
+def test_the_winograd_domain_with_its_relu() -> None:
+    weight, x = torch.randn(36, 40, 50, dtype=torch.float64), torch.randn(2, 40, 13, 9)
+    found = [
+        winograd_conv2d(x, pack_domain(weight, None, 4, relu=True, kept=kept), (1, 1)) for kept in ("float", "parts")
+    ]
+    assert relative_error(found[1], found[0]) < 6e-5
 
 
 def test_a_processor_without_tiles_says_so() -> None:

@@ -126,7 +126,7 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
         (torch.randn(4, 4, 3, 3, device="meta"), {}, "weight is on meta"),
         (torch.randn(4, 4, 3, 3), {"bias": torch.randn(5)}, "bias .* one value for each of 4"),
         (torch.randn(4, 4, 3, 3), {"m": 3}, r"m \(=3\) of F\(m x m, 3 x 3\) must be one of 2, 4, 6"),
-        (torch.randn(4, 4, 3, 3), {"isa": "sse", "half": True}, "sse can't convert half-precision weights"),
+        (torch.randn(4, 4, 3, 3), {"isa": "sse", "kept": "half"}, "sse can't convert half-precision weights"),
         (torch.randn(4, 4, 3, 3), {"isa": "avx51"}, "unknown instruction set 'avx51'; did you mean 'avx512'"),
     ],
 )

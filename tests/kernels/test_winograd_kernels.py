@@ -79,13 +79,13 @@ def test_error_with_half_weights(isa: str, m: int, worst: float) -> None:
     """Channels of very different size lose no more than others; sums are those of float32."""
     x, weight, bias = case(1, 1, 40, 20, 20, 50)
     weight *= torch.logspace(-6, 3, 50)[:, None, None, None]
-    packed = pack(weight, None, m, isa, half=True)
+    packed = pack(weight, None, m, isa, kept="half")
     assert packed.weight.dtype == torch.float16
     y, reference = winograd_conv2d(x, packed, (1, 1)), exact(x, weight, None, (1, 1))
     errors = [relative_error(y[:, k], reference[:, k]) for k in range(50)]
     assert worst / 100 < max(errors) < worst
     expected = exact(x, weight, bias, (1, 1), None, "silu")
-    full = relative_error(winograd_conv2d(x, pack(weight, bias, m, isa, half=True), (1, 1), None, "silu"), expected)
+    full = relative_error(winograd_conv2d(x, pack(weight, bias, m, isa, kept="half"), (1, 1), None, "silu"), expected)
     assert full < worst
 
 

@@ -22,12 +22,13 @@ from tersenet.api import open_model
 from tersenet.graph.trace import tensors_in
 from tersenet.kernels import host as host_of
 from tersenet.lowering import choose
-from tersenet.lowering.layers import WINOGRAD, Layer, has_amx
+from tersenet.lowering.layers import WINOGRAD, Layer, has_amx, needs_amx
 from tersenet.lowering.modules import build as build_kernel
 from tersenet.models.build import build
 from zoo_support import needs
 
-FORCED = ["direct", *WINOGRAD]
+NEEDS_AMX = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX tiles for bfloat16")
+FORCED = ["direct", *(pytest.param(name, marks=NEEDS_AMX) if needs_amx(name) else name for name in WINOGRAD)]
 
 
 class Small(nn.Module):
@@ -102,7 +103,8 @@ def test_measured(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in first.report.layers:
         products = {"gemm", "amx"} if has_amx() else {"gemm"}
         offered = {"torch", "direct"} | (set() if layer.name == "c.0" else products)
-        offered |= {"F2", "F4", "F6"} if layer.name in ("stem.0", "a.0", "b.0") else set()
+        winograd = {"F2", "F4", "F6", "F2 amx", "F4 amx"} if has_amx() else {"F2", "F4", "F6"}
+        offered |= winograd if layer.name in ("stem.0", "a.0", "b.0") else set()
         assert set(layer.times) == offered
         assert layer.choice == choose.ranking(layer.times)[0]
 
@@ -114,9 +116,6 @@ def test_measured(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         assert tn.lower(small, x).report.layers == first.report.layers
         with pytest.raises(AssertionError, match="measured again"):
             tn.lower(small, x, threads=torch.get_num_threads() + 1)
-
-
-NEEDS_AMX = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX tiles for bfloat16")
 
 
 @pytest.mark.parametrize(("choice", "others"), [("gemm", "direct"), pytest.param("amx", "amx", marks=NEEDS_AMX)])
@@ -155,7 +154,7 @@ def test_a_winograd_kernel_has_to_be_clearly_faster() -> None:
 def test_amx_is_offered_where_it_is_only(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tersenet.kernels.host._permitted", lambda: False)
     fast = tn.lower(small, torch.rand(1, 3, 13, 11))
-    assert not any("amx" in layer.times for layer in fast.report.layers)
+    assert not any(needs_amx(name) for layer in fast.report.layers for name in layer.times)
     assert not any("AMX" in note for note in fast.report.notes)
     fast = tn.lower(small, torch.rand(1, 3, 13, 11), choice="amx")
     assert {layer.choice for layer in fast.report.layers} == {"direct"}

@@ -18,7 +18,7 @@ from tersenet.graph.model import ModelGraph
 from tersenet.kernels import host as host_of
 from tersenet.lowering import choose
 from tersenet.lowering.assign import distance
-from tersenet.lowering.layers import SPARSE, DomainLayer
+from tersenet.lowering.layers import SPARSE, DomainLayer, has_amx
 from tersenet.lowering.modules import build, reference
 from tersenet.methods.base import Context
 from tersenet.methods.sparse_winograd import SparseWinograd
@@ -185,7 +185,7 @@ def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(domain(8, 32, 0.25, tile=4, relu=False)), torch.rand(1, 8, 9, 9)
     first = tn.lower(model, x).report.layers
-    assert set(first[0].times) == {"F4", "sparse", "scattered"}
+    assert set(first[0].times) == {"F4", "sparse", "scattered"} | ({"F4 amx"} if has_amx() else set())
     assert first[0].choice == choose.ranking(first[0].times)[0]
 
     def never(*args: Any) -> Any:

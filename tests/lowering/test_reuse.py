@@ -10,7 +10,7 @@ import tersenet as tn
 from graph_support import randomise
 from tersenet.lowering.fold import fold_affine
 from tersenet.lowering.fuse import fuse
-from tersenet.lowering.layers import WINOGRAD, Layer, has_amx
+from tersenet.lowering.layers import WINOGRAD, Layer, has_amx, needs_amx
 from tersenet.lowering.modules import build
 from tersenet.lowering.program import program
 
@@ -75,10 +75,13 @@ def test_a_shortcut_that_only_the_input_reads() -> None:
     assert reused(Own()) == {"stem": False, "conv": False}
 
 
-AMX = pytest.param("amx", marks=pytest.mark.skipif(not has_amx(), reason="no AMX tiles here"))
+NEEDS_AMX = pytest.mark.skipif(not has_amx(), reason="no AMX tiles here")
+KERNELS = ["direct", "gemm", "amx", *WINOGRAD]
 
 
-@pytest.mark.parametrize("choice", ["direct", "gemm", AMX, *WINOGRAD])
+@pytest.mark.parametrize(
+    "choice", [pytest.param(name, marks=NEEDS_AMX) if needs_amx(name) else name for name in KERNELS]
+)
 def test_where_the_result_lies(choice: str) -> None:
     size = 1 if choice in ("gemm", "amx") else 3
     weight = torch.randn(6, 6, size, size)

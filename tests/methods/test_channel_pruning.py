@@ -28,6 +28,7 @@ from tersenet.data.load import load_data
 from tersenet.data.registry import DataSettings
 from tersenet.errors import GraphError, TersenetError, UnknownNameError
 from tersenet.graph.model import ModelGraph
+from tersenet.graph.record import attach
 from tersenet.measuring.macs import count_macs
 from tersenet.methods.base import Context
 from tersenet.methods.channel_pruning import ChannelPruning
@@ -38,6 +39,7 @@ from tersenet.ops.gram import StatisticsError
 from tersenet.progress import Progress
 from tersenet.recipe import load_recipe
 from tersenet.recipe_target import Target
+from tersenet.results import Accuracy
 from tersenet.train.evaluate import evaluate
 from tersenet.train.recalibrate import recalibrate_bn
 from zoo_support import needs
@@ -100,7 +102,7 @@ def test_reconstruction_and_the_lasso_each_lower_the_error() -> None:
     assert errors["lasso"] < min(errors["first"], errors["random"])
 
 
-def test_fitting_an_untouched_network_changes_nothing() -> None:
+def test_fact_6_fitting_an_untouched_network_changes_nothing() -> None:
     model = resnet()
     before = copy.deepcopy(model)
     solver = solver_of(model)
@@ -128,7 +130,7 @@ class Chain(nn.Module):
         return self.head(self.second(F.relu(self.first(x))).mean((2, 3)))
 
 
-def test_dead_and_copied_channels_go_first_and_cost_nothing() -> None:
+def test_fact_7_dead_and_copied_channels_go_first_and_cost_nothing() -> None:
     whole, model = Chain().eval(), Chain().eval()
     prune(model, rates={"first": 0.4}, include=("first",), positions=64)
     assert model.first.out_channels == 4
@@ -138,7 +140,7 @@ def test_dead_and_copied_channels_go_first_and_cost_nothing() -> None:
     assert compare_on(whole, model, (torch.randn(4, *SHAPE),)) < 1e-4
 
 
-def test_the_fitted_bias_is_the_whole_bias() -> None:
+def test_fact_9_the_fitted_bias_is_the_whole_bias() -> None:
     """A constant added to the bias of a fitted layer comes out at the end: the published code loses it."""
     plain, shifted = Chain().eval(), Chain().eval()
     with torch.no_grad():
@@ -294,7 +296,7 @@ class Block(nn.Module):
         return self.head(F.relu(self.block(x)).mean((2, 3)))
 
 
-def test_a_branch_makes_up_for_what_its_shortcut_has_lost() -> None:
+def test_fact_17_a_branch_makes_up_for_what_its_shortcut_has_lost() -> None:
     errors: dict[bool, float] = {}
     x = Batches(64, 32, 5).x
     for corrected in (True, False):
@@ -314,7 +316,7 @@ def test_a_branch_makes_up_for_what_its_shortcut_has_lost() -> None:
     assert errors[True] < 0.9 * errors[False]
 
 
-def test_equal_shortcuts_leave_the_targets_as_they_are() -> None:
+def test_fact_17_equal_shortcuts_leave_the_targets_as_they_are() -> None:
     solver = solver_of(randomise(Block()))
     readers, _ = find_readers(solver.graph)
     conv2 = next(r for r in readers if r.layer == "conv2")
@@ -326,7 +328,7 @@ def test_equal_shortcuts_leave_the_targets_as_they_are() -> None:
     assert torch.equal(moments[0].yy, moments[1].yy)
 
 
-def test_batch_norm_scales_of_zero_do_no_harm() -> None:
+def test_fact_18_batch_norm_scales_of_zero_do_no_harm() -> None:
     model = resnet()
     with torch.no_grad():
         for module in model.modules():
@@ -352,7 +354,7 @@ def test_training_statistics_are_those_that_were_stored() -> None:
     torch.testing.assert_close(inner.running_var, stored, rtol=0.25, atol=1e-3)
 
 
-def test_two_runs_are_the_same_to_the_bit() -> None:
+def test_fact_5_two_runs_are_the_same_to_the_bit() -> None:
     models = [resnet(), resnet()]
     for model in models:
         torch.manual_seed(int(torch.randint(1000, (1,))))
@@ -364,7 +366,7 @@ def test_two_runs_are_the_same_to_the_bit() -> None:
 @pytest.mark.parametrize("residual", ["coupled", "independent"])
 @pytest.mark.parametrize("allocate", ["measured", "uniform"])
 @pytest.mark.parametrize("target", ["macs=60%", "params=50%"])
-def test_a_target_is_met_and_used(target: str, allocate: str, residual: str) -> None:
+def test_fact_19_a_target_is_met_and_used(target: str, allocate: str, residual: str) -> None:
     model = resnet()
     graph = ModelGraph(model, EXAMPLE)
     wanted = Target.parse(target)
@@ -420,7 +422,7 @@ def test_a_layer_that_writes_what_it_reads_is_fitted_to_what_is_left_of_both(all
     assert output_error(whole, model) < 1.0
 
 
-def test_multiples_and_bounds() -> None:
+def test_fact_19_multiples_and_bounds() -> None:
     model = resnet()
     prune(model, "macs=60%", multiple=4, at_least=4)
     for name in ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"):
@@ -451,6 +453,30 @@ def test_fact_17_a_sampler_leaves_what_it_reads_as_it_was() -> None:
         network.get_submodule("layer1.0").register_forward_hook(lambda _m, args, _out: seen.append(args[0].clone()))
         network(torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(seen[0], seen[1])
+
+
+def test_facts_11_and_23_with_samplers_cut_saved_loaded_and_exported_it_is_the_same(tmp_path: Path) -> None:
+    """Cut, it is the masked network. Others, with pools and depthwise layers, are in the contract of all methods."""
+    model = Source("resnet8", arguments=(("width", 10),)).open(SHAPE, CLASSES)
+    randomise(model)
+    masked: list[nn.Module] = []
+
+    def evaluate() -> Accuracy:
+        masked.append(copy.deepcopy(model))
+        return Accuracy(n=0)
+
+    graph = ModelGraph(model, EXAMPLE)
+    attach(model, graph.record)
+    ChannelPruning(images=96, rate=0.4, residual="independent").apply(graph, context_of(graph, evaluate=evaluate))
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    assert any(isinstance(m, ChannelAdapter) for m in model.modules())
+    assert compare_on(masked[-1], model, (x,)) < 1e-5
+    loaded = tn.load(tn.save(model, tmp_path / "saved"))
+    tn.export(loaded, tmp_path / "net.pt2", x)
+    exported = torch.export.load(tmp_path / "net.pt2").module()
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_costs_are_the_graphs() -> None:
@@ -655,7 +681,7 @@ def vgg_macs(widths: tuple[int, ...]) -> int:
         return count_macs(model, (torch.zeros(1, 3, 224, 224),))[0]
 
 
-def test_published_widths_and_their_macs() -> None:
+def test_fact_12_published_widths_of_vgg16_and_their_macs() -> None:
     sizes = (64,) * 2 + (128,) * 2 + (256,) * 3 + (512,) * 6
     assert vgg_macs(sizes) == 15_346_630_656
     for name, (widths, macs) in PUBLISHED.items():

@@ -29,6 +29,7 @@ from tersenet.models.open import Source, example_of
 from tersenet.models.resnet_cifar import resnet_cifar
 from tersenet.models.vgg import VGG, vgg
 from tersenet.ops.gram import StatisticsError
+from tersenet.progress import Progress
 from tersenet.recipe import load_recipe
 from tersenet.recipe_target import Target
 
@@ -297,6 +298,39 @@ def test_an_interruption_leaves_the_network_as_it_was(cls: type[SpatialDecomposi
     assert ModelGraph(model, EXAMPLE).record.edits == ()
 
 
+class Interrupted(Exception):
+    pass
+
+
+class Stopping(Progress):
+    """A process that dies when it wants to keep its part number `left`, counted from 0."""
+
+    left = 0
+
+    def put(self, name: str, value: Any) -> None:
+        if not self.left:
+            raise Interrupted
+        self.left -= 1
+        super().put(name, value)
+
+
+@BOTH
+def test_an_interrupted_step_goes_on_behind_the_last_layer(cls: type[SpatialDecomposition], tmp_path: Path) -> None:
+    whole, model, method = Chain().eval(), Chain().eval(), cls(exclude=())
+    apply(method, whole, "macs=80%")
+    before = copy.deepcopy(model.state_dict())
+    stopping = Stopping(tmp_path)
+    stopping.left = 2  # the curves, and one layer
+    with pytest.raises(Interrupted):
+        apply(method, model, "macs=80%", progress=stopping)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    context = apply(method, model, "macs=80%", progress=Progress(tmp_path))
+    assert len(context.fits) > 2
+    states = whole.state_dict(), model.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 @BOTH
 def test_too_few_rows_and_constant_images(cls: type[SpatialDecomposition]) -> None:
     whole, model = Chain().eval(), Chain().eval()
@@ -310,7 +344,7 @@ def test_too_few_rows_and_constant_images(cls: type[SpatialDecomposition]) -> No
 
 
 def test_out_of_reach_says_the_floor() -> None:
-    with pytest.raises(TersenetError, match=r"can't be met.*are left of"):
+    with pytest.raises(TersenetError, match=r"can't be met.*are left of.*`exclude: \[\]` takes the first"):
         apply(SpatialDecomposition(), Chain().eval(), "macs=5%")
 
 

@@ -42,6 +42,7 @@ class Noise:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @needs("torchvision", "onnx", "onnxscript", "onnxruntime")
 def test_densenet201_from_the_sparse_phase_to_onnx(tmp_path: Path) -> None:
     torch.manual_seed(0)

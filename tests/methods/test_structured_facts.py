@@ -1,14 +1,16 @@
-"""Structured sparsification: facts 8 and 10 to 20 of its specification, on tiny networks."""
+"""Structured sparsification: facts 8 to 20 of its specification, on tiny networks."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sfp_support import CLASSES, CPU, SHAPE, context, state_of, tiny_data
 from structured_support import gathers, graph_of, hooks_on, layers_of, random_grouping, settings
 from torch import Tensor, nn
@@ -24,14 +26,16 @@ from tersenet.graph.record import attach
 from tersenet.group_learning.hooks import GroupLearning
 from tersenet.measuring.macs import count_macs, params_of
 from tersenet.methods.magnitude import Magnitude
+from tersenet.methods.structured_sparsification import StructuredSparsification
 from tersenet.methods.train import Train
 from tersenet.models.build import build_skeleton
-from tersenet.models.resnet import Bottleneck, ResNet
+from tersenet.models.resnet import BasicBlock, Bottleneck, ResNet
 from tersenet.models.resnet_cifar import resnet_cifar
 from tersenet.nn.group_shuffle import GroupShuffleConv2d
 from tersenet.ops.channel_order import Order
 from tersenet.ops.group_levels import cost_matrix, group_counts, relationship_matrix
-from tersenet.ops.sparsity_control import global_threshold
+from tersenet.ops.sparsity_control import global_threshold, next_strength
+from tersenet.recipe import load_recipe
 from tersenet.train.hooks import Hooks, TrainState
 from tersenet.train.loop import fit
 from tersenet.train.settings import Fit, lr_at
@@ -48,24 +52,28 @@ def run(model: nn.Module, hooks: Hooks, fit_settings: Fit, checkpoint: Path | No
     )
 
 
-def test_fact_08_the_regulariser_is_the_gradient_of_the_penalty() -> None:
+@pytest.mark.parametrize("level", [1, 2, 4, 9])
+def test_fact_08_the_regulariser_is_the_gradient_of_the_penalty(level: int) -> None:
+    """Up to the finest level, beyond which nothing finer is left to push to."""
     model = small_resnet().double()
     hooks = hooks_on(model, settings(warmup=0, strength=0.3))
     hooks.before_training(state_of(model, hooks.settings.fit))
-    hooks.levels = {name: min(2, len(hooks.counts[name])) for name in hooks.layers}
+    hooks.levels = {name: min(level, len(hooks.counts[name])) for name in hooks.layers}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     hooks.before_step(state_of(model, hooks.settings.fit, optimizer))
     for name, layer in hooks.layers.items():
         weight = model.get_parameter(layer.weight)
-        cost = cost_matrix(layer.C_out, layer.C_in, hooks.counts[name], 0.5, 2)
+        counts = hooks.counts[name]
+        depth = min(level, len(counts) - 1)
+        cost = cost_matrix(layer.C_out, layer.C_in, counts, 0.5, depth)
         rows, columns = np.argsort(hooks.orders[name].rows), np.argsort(hooks.orders[name].columns)
         R = torch.from_numpy(cost[rows][:, columns])
         free = weight.detach().clone().requires_grad_()
         (0.3 * (R[:, :, None, None] * free.abs()).sum()).backward()
         torch.testing.assert_close(weight.grad, free.grad, rtol=0, atol=1e-7)
-        finer = torch.from_numpy(relationship_matrix(layer.C_out, layer.C_in, 4)[rows][:, columns])
+        finer = torch.from_numpy(relationship_matrix(layer.C_out, layer.C_in, counts[depth])[rows][:, columns])
         assert weight.grad is not None
         assert not weight.grad[finer].any()
         assert weight.grad[~finer].all()
@@ -75,21 +83,80 @@ def test_fact_08_the_regulariser_is_the_gradient_of_the_penalty() -> None:
 
 def test_fact_09_the_warmup_has_no_regulariser() -> None:
     model = small_resnet()
-    hooks = hooks_on(model, settings(warmup=2, sparsity=0.5))
+    hooks = hooks_on(model, settings(warmup=2, sparsity=0.5, strength=0.01))
     rows = run(model, hooks, hooks.settings.fit)
-    assert [row["strength"] for row in rows[:3]] == [0, 0, 1e-3]
-    assert rows[3]["strength"] == pytest.approx(2e-3), "below the goal and slow: one step more"
+    assert [row["strength"] for row in rows[:3]] == [0, 0, 0.01]
+    assert rows[3]["strength"] == pytest.approx(0.02), "below the goal and slow: one step more"
+    plain = run(small_resnet(), Hooks(), hooks.settings.fit)
+    assert [a["train_loss"] == b["train_loss"] for a, b in zip(rows, plain, strict=True)] == [True, True, False, False]
+
+
+def test_fact_09_what_the_controller_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called after every epoch that is no warm-up; what was saved before is known from the warm-up too."""
+    told: list[tuple[Any, ...]] = []
+
+    def controller(strength: float, step: float, *others: Any) -> float:
+        told.append((step, *others))
+        return next_strength(strength, step, *others)
+
+    monkeypatch.setattr("tersenet.group_learning.hooks.next_strength", controller)
+    # At a threshold of 0.45 the learned orders save something from the first epoch on.
+    hooks = hooks_on(small_resnet(), settings(warmup=2, sparsity=0.6, threshold=0.45))
+    saved = [row["saved"] for row in run(hooks.graph.model, hooks, hooks.settings.fit)]
+    assert saved[1] > 0
+    assert told == [(1e-3, saved[2], saved[1], 0.6, 2, 4, None), (1e-3, saved[3], saved[2], 0.6, 1, 4, None)]
+
+
+def learning_of_resnet20(seed: int) -> tuple[GroupLearning, Callable[[float, dict[str, Any]], float]]:
+    """The sparse phase of a random ResNet-20, and its search: the threshold for a goal, by the norms kept."""
+    torch.manual_seed(seed)
+    hooks = hooks_on(resnet_cifar(20), settings(rounds=1), shape=(3, 32, 32))
+    assert len(hooks.layers) == 18
+    return hooks, lambda goal, kept: global_threshold(lambda q: hooks.costs.saved(hooks.levels_at(q, kept)), goal)
 
 
 def test_fact_10_random_weights_come_to_two_groups() -> None:
-    torch.manual_seed(0)
-    hooks = hooks_on(resnet_cifar(20), settings(rounds=1), shape=(3, 32, 32))
-    kept = hooks.norms_kept(hooks.learn_orders(hooks.graph.model, 20))
-    levels = hooks.levels_at(global_threshold(lambda q: hooks.costs.saved(hooks.levels_at(q, kept)), 0.4), kept)
-    # The specification has all 18 layers in two groups, which saves 0.5, of one random network. Of four seeds one does
-    # so here; the others leave one layer whole, by the same bisection: that clause is not met as written.
-    assert sorted(levels.values())[1:] == [2] * 17
-    assert 0.4 <= hooks.costs.saved(levels) <= 0.5
+    """The specification's figures for one random network, all at once: q = .5024, 18 layers of 2 groups, .5 for .4.
+
+    They are of the orders that the network came with: in learned ones two groups keep more than half of a layer's norm,
+    and q stays below 1/2. There each layer comes to two groups at a threshold of its own, within .015 of 1/2, and the
+    search ends where four fifths of the weights have. That the rest has come too by then is chance: of the seeds 0 to
+    2999 it is so for four, of which 197 is the first. What is so for all of them is in the next test.
+    """
+    hooks, search = learning_of_resnet20(197)
+    kept = hooks.norms_kept(hooks.norms(hooks.graph.model))
+    threshold = search(0.4, kept)
+    levels = hooks.levels_at(threshold, kept)
+    assert threshold == 1029 / 2048 == pytest.approx(0.5024, abs=5e-5)
+    assert [*levels.values()] == [2] * 18
+    assert hooks.costs.saved(levels) == 0.5
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_fact_10_any_random_weights_come_to_two_groups_at_most(seed: int, learned: bool) -> None:
+    hooks, search = learning_of_resnet20(seed)
+    model = hooks.graph.model
+    kept = hooks.norms_kept(hooks.learn_orders(model, 20) if learned else hooks.norms(model))
+    # Of two groups, as the masks have them.
+    needed: dict[str, float] = {}
+    for name, S in hooks.norms(model).items():
+        inside = hooks.orders[name].back(relationship_matrix(S.shape[0], S.shape[1], 2))
+        needed[name] = 1 - float(S[inside].sum() / S.sum())
+    assert all(q < 0.5 for q in needed.values()) or not learned
+    whole = sum(layer.params for layer in hooks.layers.values())
+
+    def halved(q: float) -> float:
+        return sum(hooks.layers[name].params for name in needed if needed[name] <= q) / whole
+
+    threshold = search(0.4, kept)
+    levels = hooks.levels_at(threshold, kept)
+    # The least multiple of 1 / 2048 at which four fifths of the weights are in layers of two groups.
+    assert threshold * 2048 == int(threshold * 2048)
+    assert halved(threshold) >= 0.8 > halved(threshold - 1 / 2048)
+    assert levels == {name: 2 if needed[name] <= threshold else 1 for name in needed}
+    assert hooks.costs.saved(levels) == pytest.approx(halved(threshold) / 2)
+    assert {*hooks.levels_at(search(0.5, kept), kept).values()} == {2}, "asked for half, they all come to it"
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -132,11 +199,12 @@ FUSED = {
 }
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", FUSED)
-def test_fact_12_fused_equals_unfused_equals_masked(name: str) -> None:
+def test_fact_12_fused_equals_unfused_equals_masked(name: str, dtype: torch.dtype, tolerance: float) -> None:
     build, unfused, fused = FUSED[name]
     torch.manual_seed(0)
-    graph = graph_of(build(), 32 if name == "bottleneck" else 16)
+    graph = graph_of(build(), 32 if name == "bottleneck" else 16, dtype)
     groupings: dict[str, Grouping] = {}
     for i, layer in enumerate(layers_of(graph)):
         counts = group_counts(layer.C_out, layer.C_in)
@@ -144,11 +212,12 @@ def test_fact_12_fused_equals_unfused_equals_masked(name: str) -> None:
             groupings[layer.name] = random_grouping(layer, counts[1 + i % (len(counts) - 1)], i)
     mask_groups(graph, groupings)
     plain, done = graph.copy(), graph.copy()
-    assert group_convolutions(plain, groupings, fuse=False).relative <= 1e-10
-    assert group_convolutions(done, groupings, fuse=True).relative <= 1e-10
-    x = (torch.randn(3, *graph.example[0].shape[1:], dtype=torch.float64),)
-    assert compare_on(graph.model, plain.model, x) <= 1e-10
-    assert compare_on(graph.model, done.model, x) <= 1e-10
+    assert group_convolutions(plain, groupings, fuse=False).relative <= tolerance
+    assert group_convolutions(done, groupings, fuse=True).relative <= tolerance
+    x = (torch.randn(3, *graph.example[0].shape[1:], dtype=dtype),)
+    assert compare_on(graph.model, plain.model, x) <= tolerance
+    assert compare_on(graph.model, done.model, x) <= tolerance
+    assert compare_on(plain.model, done.model, x) <= tolerance
     assert (gathers(plain.model), gathers(done.model)) == (unfused, fused)
     assert gathers(plain.model) >= 2 * len(groupings) - 1, "a drawn order is hardly ever the identity"
 
@@ -174,22 +243,41 @@ def test_fact_12_what_depends_on_the_order_is_left_unfused() -> None:
     assert isinstance(graph.model.get_submodule("a"), GroupShuffleConv2d)
 
 
-def test_fact_13_density_of_the_mask_and_of_what_is_trained() -> None:
+def connections(conv: GroupShuffleConv2d) -> Tensor:
+    """(C_out, C_in): which outputs depend on which inputs, by its gradients."""
+    x = torch.randn(1, conv.in_channels, 5, 5, requires_grad=True)
+    y = conv(x).sum((0, 2, 3))
+    rows = [torch.autograd.grad(value, x, retain_graph=True)[0].abs().sum((0, 2, 3)) > 0 for value in y]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_fact_13_density_of_the_mask_of_what_is_trained_and_of_the_file(tmp_path: Path, fuse: bool) -> None:
+    """What was masked is no weight any more: it can't come back, in training or from the file."""
     model = small_resnet()
     graph = ModelGraph(model, (torch.zeros(2, *SHAPE),))
-    groupings = {x.name: random_grouping(x, 4, i) for i, x in enumerate(layers_of(graph))}
+    groupings = {x.name: random_grouping(x, (2, 4, 8)[i % 3], i) for i, x in enumerate(layers_of(graph))}
     mask_groups(graph, groupings)
-    for name in groupings:
+    for name, grouping in groupings.items():
         weight = model.get_parameter(f"{name}.weight")
-        assert int(weight.count_nonzero()) == weight.numel() // 4
+        assert int(weight.count_nonzero()) == weight.numel() // grouping.groups
+    masks = {name: model.get_parameter(f"{name}.weight").detach().abs().sum((2, 3)) > 0 for name in groupings}
     attach(model, graph.record)
-    group_convolutions(graph, groupings)
-    run(model, Hooks(), Fit(epochs=1, lr=0.1))
-    for name in groupings:
-        grouped = model.get_parameter(f"{name}.weight")
-        conv = model.get_submodule(name)
-        assert isinstance(conv, GroupShuffleConv2d)
-        assert grouped.numel() == conv.out_channels * conv.in_channels * 9 // 4
+    group_convolutions(graph, groupings, fuse)
+    run(model, Hooks(), Fit(epochs=2, lr=0.1, weight_decay=1e-4))
+    artifact.save(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for known in (model, artifact.load(tmp_path, base=small_resnet())):
+        for name, grouping in groupings.items():
+            conv = known.get_submodule(name)
+            assert isinstance(conv, GroupShuffleConv2d)
+            whole = conv.out_channels * conv.in_channels * 9
+            assert stored[f"{name}.weight"].numel() == conv.weight.numel() == whole // grouping.groups
+            found = connections(conv)
+            if fuse:
+                assert int(found.sum()) == found.numel() // grouping.groups
+            else:
+                assert torch.equal(found, masks[name])
 
 
 def test_fact_14_parameters_of_resnet50() -> None:
@@ -250,15 +338,23 @@ def test_fact_15_odd_and_dead_layers() -> None:
 
 def test_fact_16_blocks_put_out_channels_in_the_old_order() -> None:
     """No layer of a trunk has to change with the others. (Fused, a trunk can get another order.)"""
-    graph = graph_of(resnet_cifar(8, width=8))
+    graph = graph_of(resnet_cifar(14, width=8, projection=True))
     groupings = {x.name: random_grouping(x, 4, i) for i, x in enumerate(layers_of(graph))}
     mask_groups(graph, groupings)
     masked = copy.deepcopy(graph.model)
     group_convolutions(graph, groupings, fuse=False)
-    x = torch.randn(2, 8, 16, 16, dtype=torch.float64)
-    with torch.no_grad():
-        a, b = (model.get_submodule("layer1")(x) for model in (masked, graph.model))
-    assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max())
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    outputs: list[list[Tensor]] = []
+    for model in (masked, graph.model):
+        kept: list[Tensor] = []
+        for block in (m for m in model.modules() if isinstance(m, BasicBlock)):
+            block.register_forward_hook(lambda module, args, y, kept=kept: kept.append(y))
+        with torch.no_grad():
+            model(x)
+        outputs.append(kept)
+    assert len(outputs[0]) == 6
+    for a, b in zip(*outputs, strict=True):
+        assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max())
 
 
 def test_fact_17_without_strength_it_is_plain_training() -> None:
@@ -272,14 +368,38 @@ def test_fact_17_without_strength_it_is_plain_training() -> None:
     assert any(not np.array_equal(o.rows, np.arange(len(o.rows))) for o in hooks.orders.values())
 
 
-def test_fact_18_learning_rates_of_the_recipes() -> None:
-    cosine = Fit(epochs=120, lr=0.1, schedule="cosine", warmup_epochs=5)
+IMAGENET = ["structured_resnet50_imagenet", "structured_resnet101_imagenet", "structured_densenet201_imagenet"]
+CIFAR = [f"structured_resnet{depth}_cifar10" for depth in (20, 56, 110)]
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, *CIFAR])
+def test_fact_18_learning_rates_of_the_recipes(name: str) -> None:
+    learning, tuning = load_recipe(name).steps
+    assert isinstance(learning, StructuredSparsification)
+    assert isinstance(tuning, Train)
     steps = 7
-    assert lr_at(cosine, 4, steps - 1, steps) == pytest.approx(0.1)
-    assert lr_at(cosine, 119, steps - 1, steps) == pytest.approx(0.0, abs=1e-6)
-    step = Fit(epochs=160, lr=0.1, schedule="step", milestones=(80, 120), gammas=0.1, warmup_epochs=10)
-    rates = [lr_at(step, epoch, steps - 1, steps) for epoch in (9, 10, 79, 80, 119, 120, 159)]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    sparse, tune = learning.fit, tuning.fit
+    # The sparse phase: constant, without weight decay; its warm-up is of the regulariser only.
+    assert {lr_at(sparse, epoch, at, steps) for epoch in range(sparse.epochs) for at in (0, steps - 1)} == {0.1}
+    assert (sparse.epochs, sparse.weight_decay, learning.warmup) == ((60, 0, 5) if name in IMAGENET else (100, 0, 10))
+    assert (sparse.momentum, sparse.nesterov, tune.momentum, tune.nesterov) == (0.9, False, 0.9, False)
+    assert (learning.threshold, learning.decay, learning.strength, learning.gain) == (0.1, 0.5, 2e-6, None)
+    assert tune.weight_decay == 1e-4
+    rates = [lr_at(tune, epoch, at, steps) for epoch in range(tune.epochs) for at in range(steps)]
+    if name in IMAGENET:
+        assert tune.epochs == 120
+        warm, total = 5 * steps, 120 * steps
+        plan = [0.1 * (i + 1) / warm for i in range(warm)]
+        # The plan ends at 0, one step behind the last that is taken.
+        plan += [0.1 * (1 + np.cos(np.pi * (i - warm) / (total - warm))) / 2 for i in range(warm, total)]
+        assert rates == pytest.approx(plan)
+        assert rates[warm - 1] == pytest.approx(0.1)
+        assert rates[-1] == pytest.approx(0.0, abs=1e-6)
+    else:
+        assert tune.epochs == 160
+        assert rates[: 10 * steps] == pytest.approx([0.1 * (i + 1) / (10 * steps) for i in range(10 * steps)])
+        rest = [rates[epoch * steps : (epoch + 1) * steps] for epoch in (10, 79, 80, 119, 120, 159)]
+        assert rest == [pytest.approx([lr] * steps) for lr in (0.1, 0.1, 0.01, 0.01, 0.001, 0.001)]
 
 
 class Killed(Exception):

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tersenet.kernels.moments_call import TileMoments, usable
+from tersenet.ops import gram
 from tersenet.ops.gram import Moments, StatisticsError
 
 
@@ -143,3 +145,109 @@ def test_constants_have_no_moments_whatever_their_rounding(dtype: torch.dtype) -
     x[:, 1] += 1e-3 * torch.randn(5000, generator=torch.Generator().manual_seed(1), dtype=dtype)
     moments.add(x, y)
     assert float(moments.xx[1, 1]) == pytest.approx(5000e-6, rel=0.1)
+
+
+@pytest.fixture(params=["matrix tiles", "products in float32"])
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layers of this width have their products made in two ways."""
+    if request.param != "matrix tiles":
+        monkeypatch.setattr(gram, "usable", lambda: False)
+    elif not usable():
+        pytest.skip("this processor has no matrix tiles of bytes")
+    return request.param
+
+
+def activations(count: int, inputs: int = 500, outputs: int = 20, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Float32 rows behind a ReLU, of fewer latent values than columns."""
+    generator = torch.Generator().manual_seed(5)
+    latent = torch.randn(count, 40, generator=generator)
+    x = (latent @ torch.randn(40, inputs, generator=generator) + torch.randn(count, inputs, generator=generator)).relu()
+    x = x * torch.randn(inputs, generator=generator).exp() + shift
+    return x, x @ torch.randn(inputs, outputs, generator=generator) / inputs + shift
+
+
+def worst(moments: Moments, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Largest and root-mean-square error of all second moments, each in units of the two columns' norms."""
+    rows = torch.cat([x, y], 1).double()
+    apart = rows - rows.mean(0)
+    norms = apart.norm(dim=0)
+    mine = torch.cat([torch.cat([moments.xx, moments.xy], 1), torch.cat([moments.xy.T, moments.yy], 1)])
+    error = (mine - apart.T @ apart) / (norms[:, None] * norms)
+    return float(error.abs().max()), float(error.square().mean().sqrt())
+
+
+def test_wide_layers_are_as_exact_as_float32(wide: str) -> None:
+    x, y = activations(4000)
+    largest, typical = worst(collected((x, y)), x, y)
+    assert largest < 3e-6
+    assert typical < 3e-7
+
+
+def test_wide_layers_far_from_zero(wide: str) -> None:
+    """An offset of a thousand deviations takes float32 rows ten of their bits; what is left of them counts."""
+    x, y = activations(4000, shift=1000.0)
+    moments = collected((x, y))
+    largest, typical = worst(moments, x, y)
+    assert largest < 3e-6
+    assert typical < 3e-7
+    torch.testing.assert_close(moments.mean_x, x.double().mean(0), rtol=1e-7, atol=0)
+
+
+def test_wide_layers_with_means_that_move(wide: str) -> None:
+    x, y = activations(5000)
+    moved = torch.arange(5000)[:, None] / 100
+    assert worst(collected((x + moved, y - moved)), x + moved, y - moved)[0] < 3e-6
+
+
+@settings(deadline=None, max_examples=4)
+@given(cuts=st.lists(st.integers(0, 3000), max_size=6))
+def test_fact_1_wide_layers_have_the_same_bits_in_any_chunks(cuts: list[int]) -> None:
+    x, y = activations(3000)
+    edges = [0, *sorted(cuts), 3000]
+    chunked, once = collected(*((x[a:b], y[a:b]) for a, b in pairwise(edges))), collected((x, y))
+    for name in ("mean_x", "mean_y", "xx", "xy", "yy"):
+        assert torch.equal(getattr(chunked, name), getattr(once, name))
+
+
+def test_wide_layers_merge_and_read_as_narrow_ones_do(wide: str) -> None:
+    x, y = activations(3000)
+    moments, other = Moments("conv", 500, 20), collected((x[1000:2000], y[1000:2000]))
+    moments.add(x[:500], y[:500])
+    assert torch.equal(moments.lower.tril(), moments.xx.tril())
+    moments.add(x[500:1000], y[500:1000])
+    moments.merge(other)
+    moments.add(x[2000:], y[2000:])
+    assert worst(moments, x, y)[0] < 3e-6
+    assert torch.equal(moments.xx, moments.xx.T)
+    assert moments.rows == 3000
+    assert other.rows == 1000
+
+
+def test_wide_constants_have_no_moments(wide: str) -> None:
+    x, y = activations(3000)
+    x[:, 1], x[:, 3], y[:, 2] = 0.3, 1e5 / 3, -0.7
+    moments = collected((x, y))
+    for matrix in (moments.xx[1], moments.xx[:, 3], moments.xy[3], moments.xy[:, 2], moments.yy[2]):
+        assert matrix.eq(0).all()
+
+
+def test_wide_layers_that_depend_linearly_are_seen_to(wide: str) -> None:
+    """What float32 leaves of a column that others make up is below the limit by which fits tell it."""
+    x, y = activations(4000)
+    x[:, 7] = x[:, 1] + x[:, 2] - 0.5 * x[:, 3]
+    x[:, 9] = x[:, 4]
+    moments = collected((x, y))
+    triangle, failed = torch.linalg.cholesky_ex(moments.xx[1:10, 1:10])
+    own = triangle.diagonal().square() / moments.xx.diagonal()[1:10]
+    assert int(failed) or float(own[[6, 8]].max()) < 8 * moments.precision
+    assert float(own[:6].min()) > 8 * moments.precision
+
+
+@pytest.mark.parametrize(("inputs", "dtype"), [(500, torch.float64), (40, torch.float32)])
+def test_tiles_are_for_wide_layers_in_float32(inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(columns: int) -> TileMoments:
+        raise AssertionError(f"{columns} columns of {dtype} went to the tiles")
+
+    monkeypatch.setattr(gram, "TileMoments", refused)
+    x, y = (values.to(dtype) for values in activations(100, inputs))
+    assert worst(collected((x, y)), x, y)[0] < 1e-5

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_fact_21_selection_and_reconstruction_beat_the_published_procedure(bench: Any) -> None:
     problem, kept, taps = bench.problem(), bench.KEPT, bench.TAPS
     assert 0.55 < float(problem.x.eq(0).float().mean()) < 0.65
-    own, theirs = bench.ours(problem), bench.published(problem)
+    began = time.process_time()
+    own = bench.ours(problem)
+    assert time.process_time() - began < 3
+    theirs = bench.published(problem)
     error, their_error = problem.missed(*own), problem.missed(*theirs)
     moments = bench.moments_of(problem)
     path = bench.path_of(problem, moments)
@@ -47,7 +51,9 @@ def test_fact_21_selection_and_reconstruction_beat_the_published_procedure(bench
         f"max response {strongest:.4f}, first {first:.4f}, no fit {bare:.4f}, nested order {nested:.4f}"
     )
     assert equal < their_error
-    assert error < 0.75 * min(strongest, first)
+    assert strongest >= 0.33
+    # The fact's bound of 0.215 is for rows of a generator that the specification does not give.
+    assert error < 0.72 * min(strongest, first)
     assert error < 0.9 * bare
     assert nested < 1.02 * error
     curve = error_curve(moments, path.order, taps)

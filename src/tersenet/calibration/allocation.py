@@ -41,6 +41,11 @@ class Costs(Protocol):
     @property
     def items(self) -> Sequence[Sized]: ...
 
+    @property
+    def way_out(self) -> str:
+        """What to do where a target can't be met."""
+        ...
+
     def __call__(self, left: NDArray[np.int64]) -> int: ...
 
 
@@ -191,5 +196,5 @@ def _check(costs: Costs, floor: Counts, target: Target, limit: int, original: in
     if smallest > limit:
         raise TersenetError(
             f"target {target.kind} <= {limit:,} can't be met: with the selected layers at their smallest {smallest:,} "
-            f"are left of {original:,}. Include more layers, use residual: coupled, or leave multiple and at_least at 1"
+            f"are left of {original:,}. {costs.way_out}"
         )

@@ -1,4 +1,4 @@
-"""What every item costs the network's outputs for every number of units left: measured at a few, fitted between."""
+"""What every item costs the network's outputs for every number of units left."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from numpy.typing import NDArray
 
 from tersenet.calibration.allocation import Curves
 from tersenet.calibration.choose import Choice, made_by
+from tersenet.calibration.damage import damage_curve
 from tersenet.calibration.items import Item
 from tersenet.calibration.refit import curve
 from tersenet.calibration.sampling import Statistics
 from tersenet.calibration.solver import Solver
-from tersenet.train import distributed
 
-_LEFT = (0.25, 0.5, 0.75)  # shares of units left at which the damage to the outputs is measured
 _BYTES = 1 << 30  # of second moments at once
 
 
 def measured_curves(solver: Solver, items: Sequence[Item]) -> Curves:
     """For each item alone, the rest being whole: (size + 1,) damage to the outputs, never rising with the units left.
 
-    The response error of the layers that read it is known for every number of units. The network says, at a few
-    numbers, how much damage one unit of this error does; between them that is interpolated. Damage is the squared
-    difference of the outputs: of several items together it is about the sum, which a divergence of a trained network's
-    confident softmax is not.
+    The response error of the layers that read it is known for every number of units; `damage_curve` carries it over to
+    the outputs. Damage is the squared difference of the outputs: of several items together it is about the sum, which a
+    divergence of a trained network's confident softmax is not.
     """
     found = {item.name: curve.numpy() for item in items if (curve := solver.progress.get(_part(item))) is not None}
     items = [item for item in items if item.name not in found]
@@ -48,20 +46,16 @@ def _part(item: Item) -> str:
 def _curve(solver: Solver, item: Item, known: dict[int, Statistics]) -> NDArray[np.float64]:
     choice = solver.choice(item, known)
     errors = _errors(solver, item, known, choice)
-    counts = sorted({max(1, round(share * item.size)) for share in _LEFT} - {item.size})
-    factors: list[float] = []
-    for count in counts:
+
+    def damage_at(count: int) -> float:
         with solver.trial([item]):
             solver.remove(item, choice.kept(count))
             if solver.reconstruct:
                 for reader in item.readers:
                     solver.fit(reader, known[reader.end])
-            factors.append(solver.damage() / max(errors[count], 1e-9))
-    if not counts:
-        return errors
-    damage = torch.from_numpy(errors * np.interp(np.arange(item.size + 1), counts, factors))
-    distributed.broadcast([damage])
-    return np.maximum.accumulate(damage.numpy()[::-1])[::-1].copy()
+            return solver.damage()
+
+    return damage_curve(errors, damage_at)
 
 
 def _errors(solver: Solver, item: Item, known: dict[int, Statistics], choice: Choice) -> NDArray[np.float64]:

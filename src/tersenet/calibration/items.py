@@ -123,6 +123,8 @@ def _input_of(graph: ModelGraph, reader: Reader, trunks: set[str]) -> Item | Non
 class Costs:
     """MACs or parameters for numbers of units left: a sum of products of the shares that are left on tensors' axes."""
 
+    way_out = "Include more layers, use residual: coupled, or leave multiple and at_least at 1"
+
     def __init__(self, graph: ModelGraph, items: Sequence[Item], kind: str) -> None:
         self.items = items
         self.sizes = np.array([item.size for item in items], dtype=np.float64)

@@ -71,6 +71,8 @@ class Candidates:
 class RankCosts:
     """MACs or parameters of the network for ranks of its layers, for `allocation`."""
 
+    way_out = "Include more layers (`exclude: []` takes the first), or leave multiple at 1; channel_pruning goes lower"
+
     def __init__(self, graph: ModelGraph, layers: Sequence[Splittable], kind: str) -> None:
         self.items = layers
         self.kind = kind

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tersenet.calibration.allocation import Curves
+from tersenet.calibration.damage import damage_curve
 from tersenet.calibration.images import Images
 from tersenet.calibration.low_rank_fit import FORMS, Channel, Pair, Spatial, install, relu_follows
 from tersenet.calibration.low_rank_layers import Splittable
@@ -34,7 +35,6 @@ from tersenet.progress import Progress
 from tersenet.results import Equality, LayerFit
 from tersenet.train import distributed
 
-_MEASURED = (0.25, 0.5, 0.75)  # shares of the ranks at which the damage to the outputs is measured
 _BYTES = 1 << 30  # of second moments at once
 _TOLERANCE = 1e-4
 """Of the largest output, in float32: the weights of a pair are multiplied in another order than the one weight's."""
@@ -62,8 +62,8 @@ class Splitter:
         """For each layer alone: (size + 1,) damage at every rank, 0 for the whole layer.
 
         `energy`: the logarithm of the share of the responses' variance that a rank explains, so that the product over
-        layers is what is kept high. `measured`: what the rank does to the network's outputs, found at three ranks and
-        carried to the others by the response error.
+        layers is what is kept high. `measured`: what the rank does to the network's outputs, by trials of a few ranks
+        and the response error (`damage_curve`).
 
         Source: Zhang et al. 2016, section 3.4 (the product of the responses' energies).
         """
@@ -81,15 +81,10 @@ class Splitter:
     def _curve(
         self, splitting: Spatial | Channel, moments: Moments, kind: Literal["measured", "energy"]
     ) -> NDArray[np.float64]:
-        size = splitting.layer.size
         errors = torch.cat([splitting.errors(moments), torch.zeros(1, dtype=torch.float64)]).numpy()
         if kind == "energy":
             return -np.log((1 - errors).clip(1e-6))
-        ranks = sorted({max(1, round(share * size)) for share in _MEASURED} - {size})
-        factors = [self._damage(splitting, moments, rank) / max(errors[rank], 1e-9) for rank in ranks]
-        damage = torch.from_numpy(errors * np.interp(np.arange(size + 1), ranks, factors))
-        distributed.broadcast([damage])
-        return np.maximum.accumulate(damage.numpy()[::-1])[::-1].copy()
+        return damage_curve(errors, lambda rank: self._damage(splitting, moments, rank))
 
     def run(self, layers: Sequence[Splittable], ranks: Mapping[str, int]) -> None:
         """Fit a pair of the given rank for every layer below its `size`, and the other layers behind the first one as

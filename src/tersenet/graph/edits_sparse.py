@@ -10,7 +10,7 @@ from torch import nn
 from tersenet.errors import GraphError
 from tersenet.graph.edit_fields import EditModel, Name
 from tersenet.graph.edits_layers import find_module, plain_convolution, replace_module
-from tersenet.nn.masked import MaskedConv2d, MaskedWeight
+from tersenet.nn.masked import MaskedConv2d, MaskedLinear, MaskedWeight
 from tersenet.nn.skip_relu import skip_relu
 from tersenet.nn.winograd_relu import WinogradReLUConv2d, hindrance
 from tersenet.nn.winograd_relu_settings import WinogradReLUSettings
@@ -61,6 +61,8 @@ class Sparsify(EditModel):
         layer = find_module(model, self.module)
         if isinstance(layer, MaskedWeight):
             layer.make_sparse()
+        elif type(layer) is nn.Linear and layer is not model:
+            replace_module(model, layer, MaskedLinear.from_linear(layer))
         else:
             conv = plain_convolution(model, self.module)
             replace_module(model, conv, MaskedConv2d.from_conv(conv))

@@ -22,11 +22,10 @@ from tersenet.graph.shrink import axis_in
 from tersenet.graph.trace import Trace, tensors_in, trace
 from tersenet.graph.trial import find_fixed
 from tersenet.graph.units import ChannelGroup, Units, build_units
-from tersenet.nn.masked import MaskedConv2d
+from tersenet.nn.masked import MaskedWeight
 from tersenet.nn.quantized import QuantizedConv2d
 from tersenet.nn.winograd import WinogradConv2d
 from tersenet.nn.winograd_quantizer import FakeQuantizer
-from tersenet.nn.winograd_relu import WinogradReLUConv2d
 
 Kept = dict[str, IntArray]
 """Group name -> the kept units' places in the group, increasing. Groups that are not named keep everything."""
@@ -208,7 +207,7 @@ class ModelGraph:
 
 def _holds_channels(module: nn.Module) -> bool:
     """Whether a swapped layer has tensors with channels that labels don't know."""
-    if isinstance(module, (WinogradReLUConv2d, MaskedConv2d)):
+    if isinstance(module, MaskedWeight):
         return True
     # (t t, groups, 1, C) in the Winograd domain, (C, 1, 1, 1) of a weight.
     quantized = isinstance(module, (WinogradConv2d, QuantizedConv2d))

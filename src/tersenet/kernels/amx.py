@@ -23,6 +23,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from tersenet.kernels.amx_copy import copy_function
 from tersenet.kernels.blocks import TASK, own_scratch, vectors_of
 from tersenet.kernels.context import ContextReader
@@ -34,47 +37,47 @@ AMX_TASKS = ("run_amx",)
 CHUNK = 32  # inputs that one tile of products takes
 LINE = 16  # floats of a row of a tile: 32 parts of inputs, or 16 sums
 TILE = 16 * LINE  # floats of a tile
+# Products of parts of pixels by parts of weights, in an order that loads few tiles.
+_TERMS = {1: (("high", "high"),), 2: (("high", "low"), ("high", "high"), ("low", "high"))}
 GROUP = 32  # pixels whose sums are kept in tiles together
 
 
 @dataclass(frozen=True)
 class Amx:
-    """The code for all sizes, which are arguments. `isa` has the tiles."""
+    """The code for all sizes, which are arguments. `isa` has the tiles. `half`: with the high parts alone."""
 
     isa: Isa
+    half: bool = False
 
     @property
     def name(self) -> str:
-        return f"gemm-{self.isa.name}"
+        return f"gemm-{self.isa.name}{'-half' if self.half else ''}"
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.half else 2
 
 
 def generate_amx(algorithm: Amx) -> str:
     """The text of its module, with the one task `run_amx`."""
     isa = algorithm.isa
     module = Module(isa.width, '"prefer-vector-width"="512" "min-legal-vector-width"="512"')
-    # Palette 1; all eight tiles have 16 rows of 64 bytes.
-    layout = [1, 0] + [0] * 14 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
-    module.declarations.add(f"@layout = internal constant [64 x i8] {_bytes(layout)}, align 64")
-    copy_function(module)
-    _kernels(module, isa)
+    copy_function(module, algorithm.parts)
+    product_kernels(module, isa, algorithm.parts)
     _finish(module, isa)
-    _outputs(module, isa)
+    _outputs(module, isa, algorithm.parts)
     _run(module, isa)
     return module.text()
-
-
-def _bytes(values: list[int]) -> str:
-    return "[" + ", ".join(f"i8 {value}" for value in values) + "]"
 
 
 _PARAMETERS = "ptr %context, ptr noalias %v, ptr noalias %u, ptr noalias %m"
 
 
-def _kernels(module: Module, isa: Isa) -> None:
-    """`product`: the sums of 16 or 32 pixels by 16 or 32 output channels, to M[pixels / 16][channels / 16][16][16]."""
+def product_kernels(module: Module, isa: Isa, parts: int = 2) -> None:
+    """`product`: the sums of 16 or 32 pixels by 16 or 32 output channels, to M[16 channels][pixel][16]."""
     kinds = list(itertools.product((1, 2), range(1, isa.columns + 1)))
     for rows, columns in kinds:
-        _kernel(module, isa, rows, columns)
+        _kernel(module, isa, rows, columns, parts)
     f = module.function("product", f"{_PARAMETERS}, i64 %rows, i64 %columns", inline=True)
     typed = _PARAMETERS.replace("noalias ", "").split(", ")
     f.switch(
@@ -86,16 +89,17 @@ def _kernels(module: Module, isa: Isa) -> None:
     )
 
 
-def _kernel(module: Module, isa: Isa, rows: int, columns: int) -> None:
+def _kernel(module: Module, isa: Isa, rows: int, columns: int, count: int) -> None:
     f = module.function(f"product_{rows}_{columns}", _PARAMETERS)
-    c = ContextReader(f, "vectors", "size_high", "size_wide", "tap_high", "tap_wide", "v_vector", "v_low")
+    c = ContextReader(f, "chunks", "size_high", "size_wide", "tap_high", "tap_wide", "v_vector", "v_low", "m_vector")
     sums = list(itertools.product(range(rows), range(columns)))
     tiles = Tiles(f)
     for row, column in sums:
         tiles.zero(row * columns + column)
-    step = 2 * isa.columns * TILE
+    step = count * isa.columns * TILE
+    terms = _TERMS[count]
     taps = f.mul(c["size_high"], c["size_wide"])
-    with f.loop(c["vectors"]) as chunk:
+    with f.loop(c["chunks"]) as chunk:
         v = f.offset("%v", f.mul(chunk.index, c["v_vector"]))
         u = f.offset("%u", f.mul(f.mul(chunk.index, taps), step))
         with f.loop(c["size_high"]) as high:
@@ -105,18 +109,31 @@ def _kernel(module: Module, isa: Isa, rows: int, columns: int) -> None:
                 a = f.offset(line, f.mul(wide.index, c["tap_wide"]))
                 b = f.offset(weights, f.mul(wide.index, step))
                 parts = {"high": a, "low": f.offset(a, c["v_low"])}
-                weighed = {"low": b, "high": f.offset(b, isa.columns * TILE)}
+                weighed = {"low": b, "high": f.offset(b, (count - 1) * isa.columns * TILE)}
 
                 # Loads between products that don't wait for them.
-                for k, (a_part, b_part) in enumerate((("high", "low"), ("high", "high"), ("low", "high"))):
+                for (a_before, b_before), (a_part, b_part) in itertools.pairwise((("", ""), *terms)):
                     for row, column in sums:
-                        if row == 0 and k != 2:
+                        if row == 0 and b_part != b_before:
                             tiles.load(6 + column, f.offset(weighed[b_part], column * TILE))
-                        if column == 0 and k != 1:
+                        if column == 0 and a_part != a_before:
                             tiles.load(4 + row, f.offset(parts[a_part], row * TILE))
                         tiles.multiply(row * columns + column, 4 + row, 6 + column)
     for row, column in sums:
-        tiles.store(row * columns + column, f.offset("%m", (row * isa.columns + column) * TILE))
+        place = f.add(f.mul(c["m_vector"], column), row * TILE)
+        tiles.store(row * columns + column, f.offset("%m", place))
+
+
+def in_tiles(rows: Tensor, isa: Isa, parts: int = 2) -> Tensor:
+    """The weights of output channels, (C_out, ..., chunks * 32) float32, as `product` reads them: (blocks, ..., chunks,
+    parts, columns, 16, 16, 2) bfloat16. C_out must be a multiple of a block's channels."""
+    between = rows.dim() - 2
+    tiles = rows.unflatten(-1, (-1, CHUNK // 2, 2)).unflatten(0, (-1, isa.columns, LINE))
+    # block, column, output, ..., chunk, pair, 2 -> block, ..., chunk, column, pair, output, 2
+    chunk = 3 + between
+    tiles = tiles.permute(0, *range(3, chunk + 1), 1, chunk + 1, 2, chunk + 2)
+    large = tiles.bfloat16()
+    return torch.stack([(tiles - large).bfloat16(), large][-parts:], -5)
 
 
 class Tiles:
@@ -139,6 +156,10 @@ class Tiles:
 
     def begin(self) -> None:
         """What comes before all others in a thread."""
+        # Palette 1; all eight tiles have 16 rows of 64 bytes.
+        layout = [1, 0] + [0] * 14 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
+        values = ", ".join(f"i8 {value}" for value in layout)
+        self._f.module.declarations.add(f"@layout = internal constant [64 x i8] [{values}], align 64")
         self._call("ldtilecfg", "ptr", "ptr @layout")
 
     def end(self) -> None:
@@ -169,10 +190,11 @@ def _finish(module: Module, isa: Isa) -> None:
         with f.when(f.compare("slt", column, c["out_width"])):
             place = f.mul(f.add(f.mul(row, c["out_width"]), column), c["out_channels"])
             y, r = f.offset("%y", place), f.offset("%r", place)
-            tile, inside = f.divmod(pixel.index, LINE)
-            sums = f.offset("%m", f.add(f.mul(tile, isa.columns * TILE), f.mul(inside, LINE)))
+            sums = f.offset("%m", f.mul(pixel.index, LINE))
             with f.when(full):
-                values = [f.vadd(f.vload(f.offset(sums, k * TILE), align=64), bias[k]) for k in range(isa.columns)]
+                values = [
+                    f.vadd(f.vload(f.offset(sums, k * GROUP * LINE), align=64), bias[k]) for k in range(isa.columns)
+                ]
                 residuals = [f.offset(r, k * isa.width) for k in range(isa.columns)]
                 values = clamped(f, c, residual_added(f, c, values, residuals))
                 for k, value in enumerate(values):
@@ -188,7 +210,7 @@ def _careful(f: Function, isa: Isa, c: ContextReader, k: int, sums: str, bias: s
     begin = k * isa.width
     with f.when(f.compare("sgt", "%channels", begin)):
         lanes = f.lanes(f.sub("%channels", begin))
-        value = f.vadd(f.vload(f.offset(sums, k * TILE), align=64), bias)
+        value = f.vadd(f.vload(f.offset(sums, k * GROUP * LINE), align=64), bias)
         (value,) = residual_added(f, c, [value], [f.offset(r, begin)], [lanes])
         (value,) = f.choose(
             f.compare("ne", c["silu"], 0),
@@ -199,17 +221,17 @@ def _careful(f: Function, isa: Isa, c: ContextReader, k: int, sums: str, bias: s
         f.vstore(value, f.offset(y, begin), lanes)
 
 
-def _outputs(module: Module, isa: Isa) -> None:
+def _outputs(module: Module, isa: Isa, parts: int) -> None:
     """The block `%output` of output channels for the `%count` pixels of `%image` from `%pixel` on, whose V is there."""
     f = module.function(
         "outputs",
         "ptr %context, ptr noalias %v, ptr noalias %m, i64 %image, i64 %pixel, i64 %count, i64 %output",
     )
     c = ContextReader(
-        f, "weight", "bias", "r", "y", "vectors", "size_high", "size_wide", "out_channels", "out_height", "out_width",
+        f, "weight", "bias", "r", "y", "chunks", "size_high", "size_wide", "out_channels", "out_height", "out_width",
         "group_channels", "group_outputs", "v_vector",
     )  # fmt: skip
-    panel = f.mul(f.mul(f.mul(c["vectors"], c["size_high"]), c["size_wide"]), 2 * isa.columns * TILE)
+    panel = f.mul(f.mul(f.mul(c["chunks"], c["size_high"]), c["size_wide"]), parts * isa.columns * TILE)
     u = f.offset(c["weight"], f.mul("%output", panel))
     group, inside = f.divmod("%output", c["group_outputs"])
     before = f.mul(inside, isa.channels)
@@ -217,7 +239,7 @@ def _outputs(module: Module, isa: Isa) -> None:
     left_over = f.sub(c["group_channels"], before)
     columns = vectors_of(f, isa, inside, c["group_channels"])
     bias = f.offset(c["bias"], f.mul("%output", isa.channels))
-    own = f.offset("%v", f.mul(group, f.mul(c["vectors"], c["v_vector"])))
+    own = f.offset("%v", f.mul(group, f.mul(c["chunks"], c["v_vector"])))
     image = f.mul(f.mul(f.mul("%image", c["out_height"]), c["out_width"]), c["out_channels"])
     r, y = (f.offset(c[name], f.add(image, begin)) for name in "ry")
     with f.loop("%count", step=GROUP) as part:

@@ -8,10 +8,11 @@ from tersenet.kernels.ir import Function, Module
 _WIDTH = 16
 _VECTOR = "<16 x float>"
 _PARTS = "<32 x bfloat>"
+HALF = "<16 x bfloat>"
 _SPLIT = "@llvm.x86.avx512bf16.cvtne2ps2bf16.512"
 
 
-def copy_function(module: Module) -> None:
+def copy_function(module: Module, parts: int) -> None:
     """`copy`: V of `%count` pixels of `%image`, from `%pixel` on: positions of the kernel of `copy_high` by `copy_wide`
     pixels, in lines of `line`. Each row of that kernel is a segment, whose pixels lie side by side in the image; or
     the kernel is one pixel, and each of its `groups` of `channels` is a segment. What is outside the image, and what
@@ -46,7 +47,7 @@ def copy_function(module: Module) -> None:
             with f.when(is_whole), f.loop(c["slices"]) as chunk:
                 place = f.offset(source, f.mul(chunk.index, 2 * _WIDTH))
                 goal = f.offset(target, f.mul(chunk.index, c["v_vector"]))
-                _split(f, c, f.vload(place), f.vload(f.offset(place, _WIDTH)), goal)
+                _split(f, c, f.vload(place), f.vload(f.offset(place, _WIDTH)), goal, parts)
             last = f.op(f"select i1 {is_high}, i64 {end}, i64 0")
             with f.when(f.op(f"xor i1 {is_whole}, true")), f.loop(c["slices"]) as chunk:
                 place = f.mul(chunk.index, 2 * _WIDTH)
@@ -55,16 +56,18 @@ def copy_function(module: Module) -> None:
                     f.vload(f.offset(source, start), _between(f, f.sub(begin, start), f.sub(last, start)))
                     for start in (place, f.add(place, _WIDTH))
                 )
-                _split(f, c, first, second, goal)
+                _split(f, c, first, second, goal, parts)
         pixel.next(f.following(line, column, c["line"]))
 
 
-def _split(f: Function, c: ContextReader, first: str, second: str, goal: str) -> None:
-    """Write the parts of two vectors."""
+def _split(f: Function, c: ContextReader, first: str, second: str, goal: str, parts: int) -> None:
+    """Write the parts of two vectors, or only the high ones."""
     high = f.op(f"call {_PARTS} {_SPLIT}({_VECTOR} {second}, {_VECTOR} {first})")
+    f.store(_PARTS, high, goal, 64)
+    if parts == 1:
+        return
     rest = [f.vsub(value, _half(f, high, part)) for part, value in enumerate((first, second))]
     low = f.op(f"call {_PARTS} {_SPLIT}({_VECTOR} {rest[1]}, {_VECTOR} {rest[0]})")
-    f.store(_PARTS, high, goal, 64)
     f.store(_PARTS, low, f.offset(goal, c["v_low"]), 64)
 
 
@@ -81,7 +84,21 @@ def _half(f: Function, parts: str, half: int) -> str:
     bits = f.op(f"bitcast {_PARTS} {parts} to <32 x i16>")
     lanes = ", ".join(f"i32 {half * _WIDTH + lane}" for lane in range(_WIDTH))
     mine = f.op(f"shufflevector <32 x i16> {bits}, <32 x i16> poison, <{_WIDTH} x i32> <{lanes}>")
-    wide = f.op(f"zext <{_WIDTH} x i16> {mine} to <{_WIDTH} x i32>")
+    return _floats(f, mine)
+
+
+def halves(f: Function, value: str) -> tuple[str, str]:
+    """The high and the low part of a vector of 16 floats, as `HALF`."""
+    name = "@llvm.x86.avx512bf16.cvtneps2bf16.512"
+    f.module.declarations.add(f"declare {HALF} {name}({_VECTOR})")
+    high = f.op(f"call {HALF} {name}({_VECTOR} {value})")
+    rest = f.vsub(value, _floats(f, f.op(f"bitcast {HALF} {high} to <16 x i16>")))
+    return high, f.op(f"call {HALF} {name}({_VECTOR} {rest})")
+
+
+def _floats(f: Function, bits: str) -> str:
+    """Sixteen bfloat16 numbers as floats: their bits come first."""
+    wide = f.op(f"zext <{_WIDTH} x i16> {bits} to <{_WIDTH} x i32>")
     shifts = ", ".join(["i32 16"] * _WIDTH)
     moved = f.op(f"shl <{_WIDTH} x i32> {wide}, <{shifts}>")
     return f.op(f"bitcast <{_WIDTH} x i32> {moved} to {_VECTOR}")

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from tersenet.kernels.context import ContextReader
-from tersenet.kernels.host import Isa
+from tersenet.kernels.host import AMX, Isa
 from tersenet.kernels.ir import Function, Module
 from tersenet.kernels.product import QUAD
 from tersenet.ops.cook_toom import Transforms
@@ -30,7 +30,10 @@ def block_functions(module: Module, isa: Isa, transforms: Transforms) -> None:
 
 
 def transform_block(module: Module, isa: Isa, transforms: Transforms) -> None:
-    """V of the block `%number`, for the vectors of input channels from `%begin` to `%end`."""
+    """V of the block `%number`, for the vectors of input channels from `%begin` to `%end`.
+
+    For AMX a tile's line has the parts of two vectors.
+    """
     f = module.function("transform_block", "ptr %context, ptr noalias %v, i64 %number, i64 %begin, i64 %end")
     c = ContextReader(
         f, "x", "x_image", "x_row", "x_column", "height", "width", "channels", "pad_top", "pad_left", "v_vector"
@@ -44,7 +47,11 @@ def transform_block(module: Module, isa: Isa, transforms: Transforms) -> None:
             channel = f.mul(loop.index, isa.width)
             left_over = f.sub(c["channels"], channel)
             full = f.compare("sge", left_over, isa.width)
-            v = f.offset("%v", f.add(f.mul(loop.index, c["v_vector"]), f.mul(tile, isa.width)))
+            vector, half = loop.index, "0"
+            if isa.name == AMX.name:
+                vector, half = f.divmod(loop.index, 2)
+            place = f.add(f.mul(vector, c["v_vector"]), f.mul(half, isa.width // 2))
+            v = f.offset("%v", f.add(place, f.mul(tile, isa.width)))
             f.switch(
                 f.op(f"zext i1 {f.both(inside, full)} to i64"),
                 {

@@ -17,10 +17,12 @@ from tersenet.kernels import cache
 from tersenet.kernels.amx import AMX_TASKS, Amx, generate_amx
 from tersenet.kernels.gemm import GEMM_TASKS, Gemm, generate_gemm
 from tersenet.kernels.generate import TASKS, Algorithm, generate
+from tersenet.kernels.moments import MOMENT_TASKS, MomentKernel, generate_moments
 from tersenet.kernels.pool import POOL_TASKS, Pool, generate_pool
+from tersenet.kernels.sparse_linear import LINEAR_TASKS, SparseLinear, generate_linear
 from tersenet.kernels.threads import Task
 
-Code = Algorithm | Gemm | Amx | Pool
+Code = Algorithm | Gemm | Amx | MomentKernel | Pool | SparseLinear
 
 _lock = threading.Lock()
 _loaded: dict[Code, Kernels] = {}
@@ -78,8 +80,12 @@ def _code(algorithm: Code) -> tuple[Callable[[], str], tuple[str, ...]]:
         return partial(generate_gemm, algorithm), GEMM_TASKS
     if isinstance(algorithm, Amx):
         return partial(generate_amx, algorithm), AMX_TASKS
+    if isinstance(algorithm, MomentKernel):
+        return partial(generate_moments, algorithm), MOMENT_TASKS
     if isinstance(algorithm, Pool):
         return partial(generate_pool, algorithm), POOL_TASKS
+    if isinstance(algorithm, SparseLinear):
+        return partial(generate_linear, algorithm), LINEAR_TASKS
     return partial(generate, algorithm), TASKS
 
 

@@ -13,7 +13,8 @@ FIELDS = (
     "height width channels out_height out_width out_channels pad_top pad_left "
     "tiles tiles_high tiles_wide block block_count v_tap v_vector m_tap m_vector m_block v_block "
     "vectors quads quad_step outputs output_step groups group_count slices low high silu "
-    "size_high size_wide step_high step_wide units copy_high copy_wide tap_high tap_wide line halo group_channels group_outputs v_low "
+    "size_high size_wide step_high step_wide units copy_high copy_wide tap_high "
+    "tap_wide line halo group_channels group_outputs v_low chunks "
     "next_input next_product next_slot"
 ).split()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tersenet.errors import TersenetError
+from tersenet.kernels.amx import product_kernels as amx_kernels
 from tersenet.kernels.blocks import block_functions, product_block
+from tersenet.kernels.blocks_amx import amx_product_block
 from tersenet.kernels.blocks_scattered import scattered_functions
 from tersenet.kernels.blocks_sparse import sparse_product_block
-from tersenet.kernels.host import Isa
+from tersenet.kernels.host import Isa, host
 from tersenet.kernels.ir import Module
 from tersenet.kernels.product import product_kernels
 from tersenet.kernels.scattered import scattered_kernels
@@ -25,9 +27,9 @@ TASKS = ("run_private", "run_input", "run_product")
 
 @dataclass(frozen=True)
 class Algorithm:
-    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float" or as "half"; of a pruned one
-    only what is left: "sparse" in blocks of a vector of output channels, "scattered" one by one. `relu`: a ReLU between
-    the input transform and the product.
+    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float", as "half" or, for AMX, in
+    bfloat16 "parts"; of a pruned one only what is left: "sparse" in blocks of a vector of output channels, "scattered"
+    one by one. `relu`: a ReLU between the input transform and the product.
 
     Raises:
         TersenetError: another m; half weights where the processor can't convert them.
@@ -59,6 +61,14 @@ class Algorithm:
         return cook_toom(self.m, R, self.points)
 
 
+def isa_of(kept: str, name: str | None = None) -> Isa:
+    """What a weight that is kept so runs on: the instructions called `name`, or the best; for parts AMX.
+
+    Raises: TersenetError where that is not to be had.
+    """
+    return host().amx() if kept == "parts" else host().isa(name)
+
+
 def generate(algorithm: Algorithm) -> str:
     """The text of its module; `TASKS` are the names of its functions."""
     bits = algorithm.isa.width * 32
@@ -66,7 +76,7 @@ def generate(algorithm: Algorithm) -> str:
     wide = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
     module = Module(algorithm.isa.width, wide)
     transforms = algorithm.transforms
-    input_transforms(module, transforms, algorithm.relu)
+    input_transforms(module, transforms, algorithm.relu, algorithm.weight == "parts")
     output_transforms(module, transforms)
     if algorithm.weight == "scattered":
         scattered_kernels(module, algorithm.isa)
@@ -75,6 +85,9 @@ def generate(algorithm: Algorithm) -> str:
     if algorithm.weight == "sparse":
         sparse_kernels(module, algorithm.isa)
         sparse_product_block(module, algorithm.isa, transforms)
+    elif algorithm.weight == "parts":
+        amx_kernels(module, algorithm.isa)
+        amx_product_block(module, algorithm.isa, transforms)
     else:
         product_kernels(module, algorithm.isa, algorithm.weight)
         product_block(module, algorithm.isa, transforms, algorithm.weight)

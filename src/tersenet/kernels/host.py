@@ -76,6 +76,8 @@ class Host:
         Raises:
             TersenetError: there are no kernels for this processor, or it does not have these instructions.
         """
+        if name == AMX.name:
+            return self.amx()
         found = {isa.name: isa for isa in self.isas()}
         if not found:
             raise TersenetError(

@@ -124,6 +124,26 @@ class Vectors(ABC):
             f"call void @llvm.masked.store.v{w}f32.p0({v} {value}, ptr {pointer}, i32 {align}, <{w} x i1> {mask})"
         )
 
+    def vgather(self, pointer: str, places: str) -> str:
+        """A vector from floats that lie apart; `places`, in each lane an i64, count from `pointer`."""
+        v, w = self.module.vector, self.module.width
+        self.module.declarations.add(
+            f"declare {v} @llvm.masked.gather.v{w}f32.v{w}p0(<{w} x ptr>, i32 immarg, <{w} x i1>, {v})"
+        )
+        apart = self.op(f"getelementptr float, ptr {pointer}, <{w} x i64> {places}")
+        every = "<" + ", ".join(["i1 true"] * w) + ">"
+        return self.op(
+            f"call {v} @llvm.masked.gather.v{w}f32.v{w}p0(<{w} x ptr> {apart}, i32 4, <{w} x i1> {every}, {v} poison)"
+        )
+
+    def vscatter(self, value: str, pointer: str, places: str, mask: str) -> None:
+        """A vector to memory, each lane of `mask` to its place; `places` as of `vgather`."""
+        v, w = self.module.vector, self.module.width
+        name = f"@llvm.masked.scatter.v{w}f32.v{w}p0"
+        self.module.declarations.add(f"declare void {name}({v}, <{w} x ptr>, i32 immarg, <{w} x i1>)")
+        apart = self.op(f"getelementptr float, ptr {pointer}, <{w} x i64> {places}")
+        self.line(f"call void {name}({v} {value}, <{w} x ptr> {apart}, i32 4, <{w} x i1> {mask})")
+
     def prefetch(self, pointer: str, near: bool = True, write: bool = False) -> None:
         """Bring a line into the first-level cache, or only into the second; to be written, or read only."""
         self.module.declarations.add("declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)")

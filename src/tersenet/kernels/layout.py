@@ -6,6 +6,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
+from tersenet.kernels.amx import CHUNK, LINE, TILE
 from tersenet.kernels.context import FIELDS, Context
 from tersenet.kernels.generate import Algorithm, R
 from tersenet.kernels.host import host
@@ -13,7 +14,6 @@ from tersenet.kernels.plan import Plan, plan
 from tersenet.kernels.product import QUAD
 from tersenet.kernels.scattered import SLICE
 
-_LINE = 16  # floats in a cache line
 _THREAD_MACS = 2**18  # less than about 3 microseconds of work is not worth waking a thread
 
 Shape = tuple[int, int, int, int]
@@ -50,14 +50,21 @@ def layout(
     blocks = -(-tiles // cut.block)
     # One line between taps: with strides of a power of two they would all meet in the same set of the cache.
     v_vector = m_vector = cut.block * isa.width
-    v_tap, m_tap = vectors * v_vector + _LINE, isa.columns * m_vector + _LINE
+    chunks = 0
+    if algorithm.weight == "parts":
+        chunks = -(-channels // CHUNK)
+        vectors = 2 * chunks  # the last one may have no channels, and is zero
+        m_vector = -(-cut.block // LINE) * TILE
+        v_vector = 2 * m_vector
+    v_tap, m_tap = (chunks or vectors) * v_vector + LINE, isa.columns * m_vector + LINE
     own = taps * cut.groups * (cut.output_step * m_tap + (0 if cut.shared else v_tap))
     units = -(-blocks // cut.groups)
     fields = {
         "height": height, "width": width, "channels": channels, "pad_top": padding[0], "pad_left": padding[1],
         "out_height": out_height, "out_width": out_width, "out_channels": out_channels,
         "tiles": tiles, "tiles_high": high, "tiles_wide": wide, "block": cut.block, "block_count": blocks,
-        "vectors": vectors, "quads": -(-channels // QUAD), "quad_step": cut.quad_step, "outputs": outputs,
+        "vectors": vectors, "chunks": chunks, "size_high": 1, "size_wide": 1, "v_low": v_vector // 2,
+        "quads": -(-channels // QUAD), "quad_step": cut.quad_step, "outputs": outputs,
         "v_tap": v_tap, "v_vector": v_vector, "v_block": taps * v_tap, "m_tap": m_tap, "m_vector": m_vector,
         "m_block": taps * m_tap, "output_step": cut.output_step,
         "groups": cut.groups, "group_count": units, "slices": -(-channels // SLICE),

@@ -113,7 +113,8 @@ torch.library.register_autograd("tersenet::winograd_conv2d", no_backward, lib=_l
 
 @functools.lru_cache(maxsize=256)
 def _algorithm(m: int, isa: str, weight: torch.dtype, points: str, relu: bool) -> Algorithm:
-    return Algorithm(m, host().isa(isa), "half" if weight == torch.float16 else "float", points, relu)
+    kept = {kind: name for name, kind in WEIGHT_TYPES.items()}.get(weight, "float")
+    return Algorithm(m, host().isa(isa), kept, points, relu)
 
 
 def _check(
@@ -129,7 +130,7 @@ def _check(
     """Everything that generated code relies on: it checks nothing itself."""
     check_call(x, residual, padding, out_channels, activation)
     expected = packed_shape(algorithm, out_channels, x.shape[1])
-    flat = (2, expected[0] * expected[3])
+    flat = (2, expected[0] * algorithm.isa.channels)
     kept = WEIGHT_TYPES[algorithm.weight]
     for name, tensor, shape, kind in (("weight", weight, expected, kept), ("bias", bias, flat, torch.float32)):
         if tensor.shape != shape or tensor.dtype != kind or not tensor.is_contiguous():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tersenet.kernels.amx import GROUP
 from tersenet.kernels.generate import Algorithm
 from tersenet.kernels.product import QUAD
 from tersenet.kernels.scattered import GROUPS
 
 _SPARSE_SHARE = 0.6  # of a core's second-level cache, for M of a pruned weight: V passes by once, a tap at a time
+_PARTS_CHANNELS, _PARTS_GROUPS = 64, 4  # one group of tiles for so many channels, and at most so many groups
 _BLOCK_TILES = 28  # more tiles use a weight more often, but V grows out of the cache: best from 64 to 512 channels
 _FEW_TILES = 64  # up to here one V for all tiles is small, and each weight is read once
 _UNITS_PER_THREAD = 4  # so that no thread waits long for the last one
@@ -36,6 +38,8 @@ def plan(algorithm: Algorithm, tiles: int, in_channels: int, out_channels: int, 
     outputs = -(-out_channels // isa.channels)
     if algorithm.weight == "scattered":
         return _scattered(algorithm, tiles, outputs, threads, l2_bytes)
+    if algorithm.weight == "parts":
+        return _parts(tiles, in_channels, outputs, threads)
     shared = tiles <= _FEW_TILES
     output_step = 1  # so that a weight is read in the order of memory
     if shared:
@@ -55,6 +59,18 @@ def plan(algorithm: Algorithm, tiles: int, in_channels: int, out_channels: int, 
         output_step = -(-outputs // min(units, outputs))
     quads = (min(in_channels, _SLICE_CHANNELS) + QUAD - 1) // QUAD
     return Plan(min(block, tiles), shared, output_step, quads)
+
+
+def _parts(tiles: int, in_channels: int, outputs: int, threads: int) -> Plan:
+    """AMX multiplies faster than weights come from afar, so that with many channels, and with them weights, more tiles
+    are taken together than the cache holds; and all outputs, so that a tap of V comes near once."""
+    groups = max(1, min(_PARTS_GROUPS, in_channels // _PARTS_CHANNELS))
+    if threads == 1:
+        return Plan(min(GROUP * groups, tiles), False, outputs, 1)
+    if tiles > _FEW_TILES:
+        per_thread = tiles // (_UNITS_PER_THREAD * threads * GROUP)
+        return Plan(GROUP * max(1, min(groups, per_thread)), False, outputs, 1)
+    return Plan(tiles, True, max(1, outputs // (_UNITS_PER_THREAD * threads)), 1)
 
 
 def _scattered(algorithm: Algorithm, tiles: int, outputs: int, threads: int, l2_bytes: int) -> Plan:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 
+from tersenet.kernels.amx_copy import HALF, halves
 from tersenet.kernels.context import ContextReader
 from tersenet.kernels.epilogue import clamped, residual_added, silu
 from tersenet.kernels.ir import Function, Module
@@ -17,25 +18,26 @@ from tersenet.kernels.linear import apply
 from tersenet.ops.cook_toom import Transforms
 
 
-def input_transforms(module: Module, transforms: Transforms, relu: bool) -> None:
-    """`input_inner` and `input_careful`: B^T d B of one tile, with `relu` its ReLU. Tap k goes to `%v` + k `v_tap`.
+def input_transforms(module: Module, transforms: Transforms, relu: bool, parts: bool = False) -> None:
+    """`input_inner` and `input_careful`: B^T d B of one tile, with `relu` its ReLU. Tap k goes to `%v` + k `v_tap`;
+    with `parts` as high and low bfloat16 numbers, these `v_low` behind those.
 
     `%x` is the tile's first pixel. For `input_careful` it may lie outside the image: pixels from row `%top` and column
     `%left` on that are outside, and channels from `%channels` on, are not read and count as zero.
     """
     t = transforms.t
     f = module.function("input_inner", "ptr %context, ptr noalias %x, ptr noalias %v")
-    c = ContextReader(f, "x_row", "x_column", "v_tap")
+    c = ContextReader(f, "x_row", "x_column", "v_tap", "v_low")
     rows = [f.offset("%x", f.mul(c["x_row"], i)) for i in range(t)]
     columns = [f.mul(c["x_column"], j) for j in range(t)]
     _next_tile(f, transforms, rows, c["x_column"])
     half = [apply(f, transforms.bt, [f.vload(f.offset(row, column)) for row in rows]) for column in columns]
-    _taps_of_input(f, transforms, relu, c["v_tap"], half)
+    _taps_of_input(f, transforms, relu, c, half, parts)
 
     f = module.function(
         "input_careful", "ptr %context, ptr noalias %x, ptr noalias %v, i64 %top, i64 %left, i64 %channels"
     )
-    c = ContextReader(f, "x_row", "x_column", "v_tap", "height", "width")
+    c = ContextReader(f, "x_row", "x_column", "v_tap", "v_low", "height", "width")
     rows = [f.offset("%x", f.mul(c["x_row"], i)) for i in range(t)]
     columns = [f.mul(c["x_column"], j) for j in range(t)]
     _next_tile(f, transforms, rows, c["x_column"])
@@ -52,7 +54,7 @@ def input_transforms(module: Module, transforms: Transforms, relu: bool) -> None
                 lambda: ["zeroinitializer"] * t,
             )
         )
-    _taps_of_input(f, transforms, relu, c["v_tap"], half)
+    _taps_of_input(f, transforms, relu, c, half, parts)
 
 
 def output_transforms(module: Module, transforms: Transforms) -> None:
@@ -108,13 +110,20 @@ def _half_column(f: Function, transforms: Transforms, places: list[str], masks: 
     return apply(f, transforms.bt, [f.vload(place, mask) for place, mask in zip(places, masks, strict=True)])
 
 
-def _taps_of_input(f: Function, transforms: Transforms, relu: bool, v_tap: str, half: list[list[str]]) -> None:
+def _taps_of_input(
+    f: Function, transforms: Transforms, relu: bool, c: ContextReader, half: list[list[str]], parts: bool
+) -> None:
     """(B^T d) B, or its ReLU; `half` has the columns of B^T d."""
     t = transforms.t
     for i in range(t):
         for j, value in enumerate(apply(f, transforms.bt, [column[i] for column in half])):
             value = f.vpositive(value) if relu else value
-            f.vstore(value, f.offset("%v", f.mul(v_tap, i * t + j)), align=4 * f.module.width)
+            place = f.offset("%v", f.mul(c["v_tap"], i * t + j))
+            if parts:
+                for part, line in zip(halves(f, value), (place, f.offset(place, c["v_low"])), strict=True):
+                    f.store(HALF, part, line, 32)
+            else:
+                f.vstore(value, place, align=4 * f.module.width)
 
 
 def _output(f: Function, transforms: Transforms, m_tap: str) -> list[list[str]]:

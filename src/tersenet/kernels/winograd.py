@@ -64,7 +64,12 @@ def run(
 
 @dataclass(frozen=True)
 class Call:
-    """What stays the same from call to call on tensors of the same sizes and strides. `context` lacks addresses."""
+    """What stays the same from call to call on tensors of the same sizes and strides. `context` lacks addresses.
+
+    `parts`: the scratch memory holds bfloat16 numbers. It is memory of its own then: kernels that calculate with whole
+    vectors, of which not all lanes count, would read pairs of them as floats too small to be normal, which takes many
+    times longer.
+    """
 
     shape: tuple[int, int, int, int]
     context: bytes
@@ -72,6 +77,7 @@ class Call:
     threads: int
     floats: int
     shared_bytes: int
+    parts: bool = False
 
     def run(self, x: Tensor, tables: Tables, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
         """On tensors with the sizes, strides and types that the call was made for: nothing is checked. `out` may be the
@@ -81,7 +87,7 @@ class Call:
             y = torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         if not self.tasks:
             return y
-        memory = _memory(self.floats)
+        memory = _memory(self.floats, self.parts)
         context = Context.from_buffer_copy(self.context)
         context[_X], context[_Y] = x.data_ptr(), y.data_ptr()
         for place, table in zip(_TABLES, tables, strict=True):
@@ -126,7 +132,8 @@ def call(
     made = kernels(algorithm).tasks
     tasks = tuple(made[name] for name in (("run_input", "run_product") if laid.shared else ("run_private",)))
     floats = laid.shared_floats + laid.threads * laid.thread_floats
-    return Call(shape, bytes(context), tasks, laid.threads, floats, 4 * laid.shared_floats)
+    is_parts = algorithm.weight == "parts"
+    return Call(shape, bytes(context), tasks, laid.threads, floats, 4 * laid.shared_floats, is_parts)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -134,9 +141,11 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
-def _memory(floats: int) -> int:
+def _memory(floats: int, parts: bool) -> int:
     """Address of scratch memory that this Python thread keeps from call to call; aligned to a cache line."""
-    if getattr(_kept, "floats", -1) < floats:
-        _kept.memory = zeros((floats,))
-        _kept.floats, _kept.address = floats, _kept.memory.data_ptr()
-    return _kept.address
+    name = "parts" if parts else "floats"
+    kept: Tensor | None = getattr(_kept, name, None)
+    if kept is None or len(kept) < floats:
+        kept = zeros((floats,))
+        setattr(_kept, name, kept)
+    return kept.data_ptr()

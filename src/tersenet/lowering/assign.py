@@ -14,7 +14,7 @@ from tersenet.errors import GraphError, TersenetError
 from tersenet.exporting.program import first_line
 from tersenet.lowering.choose import Size, compiled, described, ranking
 from tersenet.lowering.contest import layers_timed
-from tersenet.lowering.layers import AMX, CHOICES, AnyLayer, DomainLayer, has_amx, has_half, is_generated
+from tersenet.lowering.layers import CHOICES, AnyLayer, DomainLayer, Layer, has_amx, has_half, is_generated, needs_amx
 from tersenet.lowering.modules import build
 from tersenet.lowering.report import LoweredLayer
 from tersenet.lowering.timings import Times, remembered
@@ -41,7 +41,7 @@ def kernels_offered(half: bool, choice: str | None, notes: list[str], layers: Co
             notes.append("this processor does not read 16-bit weights: they are not offered")
             asked = [name for name in asked if not name.endswith("half")]
         if choice is None and not has_amx():  # most processors: nothing to say
-            asked = [name for name in asked if name != AMX]
+            asked = [name for name in asked if not needs_amx(name)]
         problem = compiled((layer, name) for layer in layers for name in asked if layer.fits(name))
     except TersenetError as error:
         problem = str(error)
@@ -103,7 +103,7 @@ def chosen(
                 error = 0.0 if name == "torch" else distance(kernel(target, name)(args[0], *copies), output)
                 if error <= (_HALF_LAYER_ERROR if name.endswith("half") else _LAYER_ERROR) or name == "torch":
                     graph.add_module(target, kernel(target, name))
-                    density = layer.density if isinstance(layer, DomainLayer) else None
+                    density = None if isinstance(layer, Layer) else layer.density
                     taken = (name, times.get(target, {}), error, density, tuple(rejected))
                     found[target] = LoweredLayer(layer.name, layer.kind, sizes[target], *taken)
                     return

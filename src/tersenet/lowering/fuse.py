@@ -1,4 +1,4 @@
-"""Convolutions found in the graph, with the sum and the activation that follow, and put into one module each."""
+"""Convolutions and pruned linear layers found in the graph, with what follows them, and put into one module each."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from tersenet.lowering.layers import AnyLayer, DomainLayer, Layer, Pair
+from tersenet.lowering.layers import SPARSE, AnyLayer, DomainLayer, Layer, Pair
+from tersenet.lowering.linears import LinearLayer
 from tersenet.lowering.modules import reference
 from tersenet.lowering.program import constant, erase, reader
 from tersenet.lowering.reuse import with_reuse
 from tersenet.nn.winograd_relu_operator import OPERATOR, geometry_of
 
 _aten = torch.ops.aten
+_LINEAR = _aten.linear.default
 _PLAIN: dict[Any, str] = {
     _aten.relu.default: "relu",
     _aten.relu6.default: "relu6",
@@ -28,7 +30,8 @@ _DEFAULTS: dict[str, Any] = {"bias": None, "stride": [1], "padding": [0], "dilat
 
 
 def fuse(made: fx.GraphModule) -> dict[str, AnyLayer]:
-    """Replace every convolution of images by a module `layer_0`, ... of plain torch; returns what each computes.
+    """Replace every convolution of images, and every linear layer of which enough is pruned, by a module `layer_0`, ...
+    of plain torch; returns what each computes.
 
     Later convolutions come first, since of two that are added only one can take the sum.
     """
@@ -46,7 +49,7 @@ def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> AnyLayer | None:
     if described is None:
         return None
     nodes = [node]
-    residual = _residual(node)
+    residual = None if node.target is _LINEAR else _residual(node)
     if residual is not None:
         nodes.append(next(iter(node.users)))
     activation = _activation(nodes[-1])
@@ -103,9 +106,22 @@ def _domain(made: fx.GraphModule, node: fx.Node) -> Callable[..., DomainLayer] |
     )
 
 
+def _linear(made: fx.GraphModule, node: fx.Node) -> Callable[..., LinearLayer] | None:
+    """The same for a linear layer; None too where no kernel would gain by what is pruned."""
+    given: dict[str, Any] = {"bias": None, **dict(zip(_FIELDS, node.args, strict=False)), **node.kwargs}
+    weight, bias = constant(made, given["weight"]), constant(made, given["bias"])
+    if weight is None or (bias is None) != (given["bias"] is None) or weight.dim() != 2:
+        return None
+    # Not copied: weights are large, and the kernels that keep one have their own.
+    found = partial(LinearLayer, weight=weight, bias=bias)
+    fits = weight.dtype == torch.float32 and any(found(name="", activation="none").fits(choice) for choice in SPARSE)
+    return found if fits else None
+
+
 _DESCRIBED: dict[Any, Callable[[fx.GraphModule, fx.Node], Callable[..., AnyLayer] | None]] = {
     _aten.conv2d.default: _plain,
     _aten.conv2d.padding: _plain,
+    _LINEAR: _linear,
     OPERATOR: _domain,
 }
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from tersenet.kernels.amx import Amx
 from tersenet.kernels.compiled import Code
 from tersenet.kernels.gemm import Gemm
-from tersenet.kernels.generate import OUTPUTS, Algorithm, R
+from tersenet.kernels.generate import OUTPUTS, Algorithm, R, isa_of
 from tersenet.kernels.host import host
+from tersenet.lowering.linears import LinearLayer
 from tersenet.ops.winograd_tiles import Geometry
 
 Pair = tuple[int, int]
@@ -24,8 +25,10 @@ WINOGRAD = {
     "F6": (6, "float"),
     "F2 half": (2, "half"),
     "F4 half": (4, "half"),
+    "F2 amx": (2, "parts"),
+    "F4 amx": (4, "parts"),
 }
-"""Choice -> m, and how the packed weight is kept."""
+"""Choice -> m, and how the packed weight is kept. F6 of parts is less exact, and no faster than F4."""
 SPARSE = ("sparse", "scattered")
 """Choices that leave out what is pruned, by F(m, 3) of the layer's own m: blocks of a vector of output channels that
 are all zero, or single weights."""
@@ -34,7 +37,9 @@ GEMM = "gemm"
 AMX = "amx"
 """The same on AMX's matrix tiles: products of the bfloat16 parts of float32 numbers, summed in float32."""
 _AMX_GROUP = 8  # channels of a group; with fewer, tiles are too empty to be worth a try
-CHOICES = ("torch", "direct", GEMM, AMX, *WINOGRAD, *SPARSE)
+AMX_HALF = "amx half"
+"""The same with inputs and weights rounded to bfloat16."""
+CHOICES = ("torch", "direct", GEMM, AMX, AMX_HALF, *WINOGRAD, *SPARSE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Layer:
 
     def fits(self, choice: str) -> bool:
         """Whether the kernel `choice` can compute this."""
-        if choice == AMX:
+        if choice in (AMX, AMX_HALF):
             is_single = self.stride == (1, 1) or (self.dilation == (1, 1) and self.groups == 1)
             wide = min(self.weight.shape[0] // self.groups, self.weight.shape[1]) >= _AMX_GROUP
             is_pixel = self.dilation == (1, 1) and tuple(self.weight.shape[2:]) == (1, 1)
@@ -75,10 +80,10 @@ class Layer:
         """Of a generated choice, on this processor. Raises: TersenetError where there are no kernels."""
         if choice == GEMM:
             return Gemm(host().isa())
-        if choice == AMX:
-            return Amx(host().amx())
+        if choice in (AMX, AMX_HALF):
+            return Amx(host().amx(), choice == AMX_HALF)
         m, kept = WINOGRAD[choice]
-        return Algorithm(m, host().isa(), kept)
+        return Algorithm(m, isa_of(kept), kept)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -151,7 +156,7 @@ class DomainLayer:
         """Of a Winograd choice, on this processor. Raises: TersenetError where there are no kernels."""
         assert self.points is not None
         kept = choice if choice in SPARSE else WINOGRAD[choice][1]
-        return Algorithm(self.geometry.tile, host().isa(), kept, self.points, self.relu)
+        return Algorithm(self.geometry.tile, isa_of(kept), kept, self.points, self.relu)
 
     @cached_property
     def density(self) -> float:
@@ -184,7 +189,7 @@ class DomainLayer:
         return text + _epilogue(self.residual, self.activation)
 
 
-AnyLayer = Layer | DomainLayer
+AnyLayer = Layer | DomainLayer | LinearLayer
 
 
 def _epilogue(residual: bool, activation: str) -> str:
@@ -198,7 +203,12 @@ def is_generated(choice: str) -> bool:
 
 def rounds_more(choice: str) -> bool:
     """Whether its results are less exact than a plain convolution's."""
-    return choice == AMX or choice in SPARSE or choice in WINOGRAD
+    return choice in (AMX, AMX_HALF) or choice in SPARSE or choice in WINOGRAD
+
+
+def needs_amx(choice: str) -> bool:
+    """Whether it is made for matrix tiles."""
+    return AMX in choice.split()
 
 
 def has_amx() -> bool:

@@ -97,18 +97,18 @@ def lower(
     """A copy of `model` for inference on this machine's CPU. The model is not changed.
 
     Batch norms are folded, sums and activations fused into convolutions, weights packed, memory is channels-last, and
-    each convolution runs on the kernel that was fastest when it was measured here, in the network. A network that is
-    not faster lowered stays as it was. Times are kept in the user's cache folder. Of one that torch.export does not
-    take, parts are lowered, as large as possible.
+    each convolution, and each pruned linear layer, runs on the kernel that was fastest when it was measured here, in
+    the network. A network that is not faster lowered stays as it was. Times are kept in the user's cache folder. Of
+    one that torch.export does not take, parts are lowered, as large as possible.
 
     Args:
         model: float32, on the CPU; torch.export has to take it, or modules of it with convolutions.
         example: what forward takes: a tensor (N, ...) or a tuple of them. Its batch is what is measured with; any
             batch size runs. Other sizes are fixed.
-        half: also try weights kept in 16 bits; they are less exact.
-        choice: `torch`, `direct`, `gemm`, `amx`, `F2`, `F4`, `F6`, `F2 half`, `F4 half`, `sparse` or `scattered` for
-            every layer that it fits, unmeasured; for the others `direct`, and `torch` where that does not fit. None:
-            measure.
+        half: also try weights kept in 16 bits, and bfloat16 products on AMX; they are less exact.
+        choice: `torch`, `direct`, `gemm`, `amx`, `F2`, `F4`, `F6`, `F2 amx`, `F4 amx`, `amx half`, `F2 half`,
+            `F4 half`, `sparse` or `scattered` for every layer that it fits, unmeasured; for the others `direct`, and
+            `torch` where that does not fit. None: measure.
         threads: how many to measure with; by default torch's current number. The result runs on torch's number.
         tolerance: largest relative L2 error of an output; by default 1e-3, with 16-bit weights 5e-2.
 
@@ -195,7 +195,7 @@ def _owned(made: fx.GraphModule) -> fx.GraphModule:
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach())
-        if not isinstance(module, (TorchConvolution, TorchDomain)):
+        if not isinstance(module, (TorchConvolution, TorchDomain)):  # their weights are copies
             for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 setattr(module, name, channels_last(buffer.detach().clone()))
     return graph

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +17,14 @@ from tersenet.kernels.pack_sparse import SparsePacked, pack_sparse
 from tersenet.kernels.sparse_operator import sparse_winograd_conv2d
 from tersenet.kernels.winograd import BOUNDS, Call, Tables
 from tersenet.kernels.winograd import call as prepared
+from tersenet.lowering.activations import ACTIVATIONS
 from tersenet.lowering.calls import key_of, watched
-from tersenet.lowering.layers import AMX, GEMM, SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
+from tersenet.lowering.layers import AMX, AMX_HALF, GEMM, SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
+from tersenet.lowering.linears import LinearLayer, build_linear
 from tersenet.ops.winograd import kronecker
 from tersenet.ops.winograd_relu import Activation as Winograd
 from tersenet.ops.winograd_relu import winograd_relu_conv2d
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": torch.relu_,
-    "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
-    "silu": lambda x: F.silu(x, inplace=True),
-    "hardswish": lambda x: F.hardswish(x, inplace=True),
-}
-"""In place."""
 _ONEDNN: dict[str, tuple[str, list[float]]] = {
     "none": ("none", []),
     "relu": ("relu", []),
@@ -83,13 +76,14 @@ class TorchDomain(nn.Module):
 
 
 class GemmConvolution(TorchConvolution):
-    """A generated dense kernel, `gemm` or `amx`; plain torch for whoever watches operators, and for other types or
-    memory orders."""
+    """A generated dense kernel, `gemm`, `amx` or `amx half`; plain torch for whoever watches operators, and for other
+    types or memory orders."""
 
     def __init__(self, layer: Layer, choice: str) -> None:
         super().__init__(layer)
         weight = (layer.weight, layer.bias)
-        self._packed = pack_amx(*weight, layer.stride, layer.dilation, layer.groups) if choice == AMX else pack_gemm(*weight)
+        moves = (layer.stride, layer.dilation, layer.groups)
+        self._packed = pack_gemm(*weight) if choice == GEMM else pack_amx(*weight, *moves, choice == AMX_HALF)
         self._moves, self._reuse = (self._packed.kernel, layer.stride, layer.padding), layer.reuse
         self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation]
         self._cut_off = layer.activation if self._function is None else "none"
@@ -215,6 +209,8 @@ class WinogradConvolution(nn.Module):
 
 def reference(layer: AnyLayer) -> nn.Module:
     """`layer` by torch alone: it runs everywhere, and the others are judged by it."""
+    if isinstance(layer, LinearLayer):
+        return build_linear(layer, "torch")
     return TorchDomain(layer) if isinstance(layer, DomainLayer) else TorchConvolution(layer)
 
 
@@ -222,6 +218,8 @@ def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
     """The kernel `choice` for `layer`, packed for inputs of `size` (N, C, H, W); it takes any batch."""
     if choice == "torch":
         return reference(layer)
+    if isinstance(layer, LinearLayer):
+        return build_linear(layer, choice)
     if isinstance(layer, DomainLayer):
         made = layer.algorithm(choice)
         settings = (layer.bias, made.m, made.isa.name, made.points, made.relu)
@@ -229,8 +227,8 @@ def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
         return WinogradConvolution(packed, layer.sides, layer.activation, layer.reuse)
     if choice == "direct":
         return DirectConvolution(layer, size)
-    if choice in (GEMM, AMX):
+    if choice in (GEMM, AMX, AMX_HALF):
         return GemmConvolution(layer, choice)
     m, kept = WINOGRAD[choice]
-    packed = pack(layer.weight, layer.bias, m, half=kept == "half")
+    packed = pack(layer.weight, layer.bias, m, kept=kept)
     return WinogradConvolution(packed, layer.padding, layer.activation, layer.reuse)

@@ -31,7 +31,8 @@ _FRESH = frozenset(
     "adaptive_avg_pool2d relu6 cat mean".split()
 )
 _LARGEST_CONSTANT = 2**24
-"""Numbers in a tensor that is computed once and kept; larger ones are cheaper to compute than to read."""
+"""Numbers in a tensor that is computed once and kept; larger ones are cheaper to compute than to read, but for those
+that are no larger than what they are computed of, such as a masked weight."""
 
 
 def program(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
@@ -143,9 +144,15 @@ def fold_constants(made: fx.GraphModule) -> None:
                 values[node] = node.target(*args, **kwargs)
     for node, value in values.items():
         read = any(user not in values for user in node.users)
-        if node.op != "get_attr" and read and isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT:
+        if node.op != "get_attr" and read and isinstance(value, Tensor) and value.numel() <= _most(node, values):
             node.replace_all_uses_with(attribute(made, value, node))
     made.graph.eliminate_dead_code()
+
+
+def _most(node: fx.Node, values: dict[fx.Node, Any]) -> int:
+    """Numbers that a constant may have."""
+    sources = [values[source] for source in node.all_input_nodes]
+    return max([_LARGEST_CONSTANT, *(source.numel() for source in sources if isinstance(source, Tensor))])
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -10,12 +10,12 @@ from tersenet.lowering.layers import WINOGRAD
 
 @dataclass(frozen=True)
 class LoweredLayer:
-    """One convolution with what was fused into it.
+    """One convolution or pruned linear layer with what was fused into it.
 
     `choice`: `torch`, `direct` (oneDNN, packed), `gemm`, `amx`, a Winograd algorithm, `sparse` or `scattered`. `times`:
     choice -> median milliseconds inside the network, empty where the choice was forced. `error`: relative L2 distance
     from torch's result for the same input and folded weight. `density`: share of the weights that are not zero, of a
-    layer of the Winograd domain. `rejected`: faster choices whose error was too large.
+    layer of the Winograd domain and of a linear one. `rejected`: faster choices whose error was too large.
     """
 
     name: str
@@ -51,7 +51,7 @@ class LoweredReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = ("LAYER", "CONVOLUTION", "INPUT", "DENSITY", "KERNEL", "MS", "DENSE MS", "ERROR")
+        head = ("LAYER", "COMPUTES", "INPUT", "DENSITY", "KERNEL", "MS", "DENSE MS", "ERROR")
         rows = [head, *map(_row, self.layers)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -72,7 +72,9 @@ class LoweredReport:
 def _row(layer: LoweredLayer) -> tuple[str, ...]:
     own = layer.times.get(layer.choice)
     # Of a layer of the Winograd domain the generated kernel that does not know what is pruned.
-    dense = layer.times.get("direct", min((t for name, t in layer.times.items() if name in WINOGRAD), default=None))
+    winograd = min((t for name, t in layer.times.items() if name in WINOGRAD), default=None)
+    # Of a linear layer there is torch's own only.
+    dense = layer.times.get("direct", layer.times.get("torch") if winograd is None else winograd)
     times = ("" if own is None else f"{own:.3f}", "" if dense is None else f"{dense:.3f}")
     choice = layer.choice + "".join(f" (not {name}: error)" for name in layer.rejected)
     density = "" if layer.density is None else f"{layer.density:.3f}"

@@ -21,9 +21,9 @@ def in_turns(
 
 
 def warm_in_turns(runners: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """The same where passes for a fifth of a second come before each timed one: what a runner reads is then where a loop
-    of its passes finds it. The threads of the one before sleep by then (those of ONNX Runtime wait actively for 0.1
-    seconds), and the system has put its own on processors of their own, which takes as long where it packs them."""
+    """The same where passes for a fifth of a second come before each timed one: what a runner reads is then where a
+    loop of its passes finds it. The threads of the one before sleep by then (those of ONNX Runtime wait actively for
+    0.1 seconds), and the system has put its own on processors of their own, which takes as long where it packs them."""
 
     def warm(run: Callable[[], Any]) -> float:
         end = time.perf_counter() + _WARM_SECONDS

@@ -7,8 +7,7 @@ For each layer with a weight in the Winograd domain, with V what meets the weigh
 
 Both per image, as the paper counts: transforms, which are additions for F(2, 3), are not. Two baselines stand beside,
 both with dense weights and zero activations skipped: the direct convolution behind an ordinary ReLU, and the Winograd
-convolution behind one (`native`). Other convolutions and linear layers count as dense, but masked ones as the direct
-convolution by their mask.
+convolution behind one (`native`). Other convolutions and linear layers count as dense, but masked ones by their mask.
 
 Source: Liu et al., ICLR 2018, section 4 (densities, reduction 2.25 / (d_w d_a) for F(2, 3)).
 """
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from tersenet.errors import TersenetError
 from tersenet.measuring.macs import layer_table
 from tersenet.measuring.meta import call
-from tersenet.nn.masked import MaskedConv2d, MaskedWeight
+from tersenet.nn.masked import MaskedConv2d, MaskedLinear, MaskedWeight
 from tersenet.nn.winograd_relu import WinogradReLUConv2d, sides_of
 from tersenet.ops.winograd_relu import Activation
 
@@ -43,7 +42,7 @@ class WorkloadRow:
     exact: float
     by_means: float
     spatial: float | None = None
-    """The direct convolution with dense weights behind a ReLU, zero activations skipped."""
+    """The direct convolution, or linear layer, with dense weights behind a ReLU, zero activations skipped."""
     native: float | None = None
     """The same of Winograd convolution."""
 
@@ -86,7 +85,7 @@ def workload(model: nn.Module, batches: Iterable[tuple[Any, Any]], images: int) 
     """
     counts: dict[str, _Count] = {}
     handles: list[Any] = []
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (WinogradReLUConv2d, MaskedConv2d))}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MaskedWeight)}
     for name, layer in layers.items():
         counts[name] = _Count()
         handles.append(layer.register_forward_pre_hook(_counter(counts[name])))
@@ -117,7 +116,7 @@ def workload(model: nn.Module, batches: Iterable[tuple[Any, Any]], images: int) 
 def _row(name: str, cost: Any, layer: MaskedWeight | None, count: _Count | None, images: int) -> WorkloadRow:
     if layer is None or count is None or not count.places:
         return WorkloadRow(name, "dense", cost.params, 1.0, 1.0, cost.macs, float(cost.macs), float(cost.macs))
-    kind = "spatial"
+    kind = "linear" if isinstance(layer, MaskedLinear) else "spatial"
     if isinstance(layer, WinogradReLUConv2d):
         kind = "winograd_relu" if layer.settings.relu else "native"
     density = layer.density
@@ -152,6 +151,9 @@ def _count(count: _Count, layer: MaskedWeight, x: Tensor) -> None:
         spatial = _patches(relu, (r, r), (1, 1), (1, 1), at.padding)
         native = used if not layer.settings.relu else layer.transformed(x, Activation(True, 1.0)).ne(0)
         baselines = {"spatial": int(spatial.sum()) * outputs, "native": int(native.sum()) * outputs}
+    elif isinstance(layer, MaskedLinear):
+        used = x.reshape(1, -1, x.shape[-1]).ne(0)
+        baselines = {"spatial": int(used.sum()) * outputs}
     else:
         assert isinstance(layer, MaskedConv2d)
         left, right, top, bottom = sides_of(layer)

@@ -38,7 +38,8 @@ class SparseWinograd(TrainingMethod):
     A network that was converted by an earlier step is pruned on: masks are nested, what is pruned stays.
 
     Differs: any network and map; a trained network can be the start, with the ReLU moving gradually; layers may keep
-    densities of their own; blocks; a density that would keep less than one weight keeps one, not all.
+    densities of their own; blocks; linear layers, if asked for; a density that would keep less than one weight keeps
+    one, not all.
     """
 
     method: ClassVar[str] = "sparse_winograd"
@@ -77,10 +78,12 @@ class SparseWinograd(TrainingMethod):
     """Share of the training after which `cubic` begins."""
     prune_to: Share = 0.75
     """Share of the training after which `cubic` has reached the density."""
+    linear: Literal["dense", "hidden", "all"] = "dense"
+    """Linear layers: `dense`, as they are (the paper); pruned too, `hidden`, but the one that runs last, or `all`."""
     spatial_gradient: bool = False
     """Multiply the gradient by G G^T on both sides: steps are then those of training the filters themselves."""
     include: tuple[str, ...] = ("*",)
-    """Layers, by name pattern, `position:first` or `position:last` of the convolutions."""
+    """Layers, by name pattern, `position:first` or `position:last` of the convolutions; linear ones by name."""
     exclude: tuple[str, ...] = ("position:first",)
     """Layers to leave as they are."""
 
@@ -97,6 +100,8 @@ class SparseWinograd(TrainingMethod):
             raise ValueError(f"nothing moves with `mode: {self.mode}`: drop `move`")
         if self.mode == "spatial" and (self.init != "transform" or self.spatial_gradient):
             raise ValueError("`init` and `spatial_gradient` are for weights in the Winograd domain")
+        if self.linear != "dense" and self.goal is None and not self.densities:
+            raise ValueError(f"`linear: {self.linear}` needs a density: linear layers are pruned, and nothing else")
         if (self.schedule == "iterative") != bool(self.stages):
             raise ValueError("`schedule: iterative` needs stages, and stages need it")
         if self.stages:
@@ -129,7 +134,7 @@ class SparseWinograd(TrainingMethod):
         from tersenet.nn.masked import masked_layers
         from tersenet.nn.winograd_relu import WinogradReLUConv2d
 
-        plan = sparse_plan(graph, self.mode, self.others, self.layer_settings, self.include, self.exclude)
+        plan = sparse_plan(graph, self.mode, self.others, self.layer_settings, self.include, self.exclude, self.linear)
         densities = self.densities_of(plan.layers)
         if not plan.edits and not densities:
             raise TersenetError(
@@ -147,6 +152,7 @@ class SparseWinograd(TrainingMethod):
             layer = graph.model.get_submodule(edit.module)
             if isinstance(layer, WinogradReLUConv2d):
                 layer.reset(self.init)
+        plan.linear = [name for name in plan.linear if name in densities]
         context.notes += plan.notes(_WHAT[self.mode])
 
     def preview(self, graph: ModelGraph, context: Context) -> None:
@@ -156,8 +162,8 @@ class SparseWinograd(TrainingMethod):
     def hooks(self, graph: ModelGraph, context: Context) -> SparseTraining:
         from tersenet.graph.sparse_plan import layers_of, selected
 
-        own = layers_of(graph, self.mode, self.others)
-        named = [name for name in selected(graph, self.include, self.exclude) if name in own]
+        own = layers_of(graph, self.mode, self.others, self.linear)
+        named = [name for name in selected(graph, self.include, self.exclude, self.linear) if name in own]
         train = context.data.train if context.data is not None else None
         return SparseTraining(self, graph.model, named, len(train) if train is not None else 1)
 

@@ -47,7 +47,7 @@ class StructuredSparsification(TrainingMethod):
     any_divisor: bool = False
     """Split by odd factors too, not only by two: for channels that were pruned before."""
     min_group_width: int = Field(default=2, ge=1)
-    """Channels that every group has at least, on both sides. 2 gives the paper's finest grouping."""
+    """Channels that every group has at least, on both sides. Of powers of two, 2 gives the paper's finest grouping."""
     max_groups: int | None = Field(default=None, ge=1)
     """The largest number of groups."""
     strength: float = Field(default=2e-6, ge=0)

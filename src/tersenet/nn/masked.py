@@ -90,6 +90,30 @@ class MaskedConv2d(MaskedWeight, nn.Conv2d):
         return super()._conv_forward(input, masked, bias)
 
 
+class MaskedLinear(MaskedWeight, nn.Linear):
+    """`nn.Linear` with a mask on its weight. Made by `from_linear`. It has one tap."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Self:
+        """The same layer, with the very parameters of `linear` and its training mode."""
+        sizes = (linear.in_features, linear.out_features)
+        made = cls(*sizes, "bias" in dict(linear.named_parameters()), device="meta", dtype=linear.weight.dtype)
+        made.weight, made.bias = linear.weight, linear.bias
+        made.register_buffer("mask", None)
+        made.make_sparse()
+        return made.train(linear.training)
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        return stored.t().unsqueeze(0)
+
+    def stored(self, canonical: Tensor) -> Tensor:
+        return canonical.squeeze(0).t()
+
+    def forward(self, input: Tensor) -> Tensor:
+        masked = self.weight if self.mask is None else self.weight.masked_fill(~self.mask, 0)
+        return nn.functional.linear(input, masked, self.bias)
+
+
 def masked_layers(model: nn.Module) -> dict[str, MaskedWeight]:
     """Name -> layer, of those that have a mask."""
     found: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedWeight)}

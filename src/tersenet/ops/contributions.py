@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tersenet.ops.gram import Moments, StatisticsError
 
-_TILE = 512  # columns of the moments handled at once
+_TILE = 128  # columns of the moments handled at once: what is made of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,29 @@ def contributions(moments: Moments, weight: Tensor) -> Contributions:
         ValueError: the weight does not fit the moments.
     """
     channels = weight.shape[1]
-    flat = weight.detach().flatten(1).to(moments.xx)
+    flat = weight.detach().flatten(1).to(moments.xy)
     if flat.shape != (moments.outputs, moments.inputs):
         raise ValueError(
             f"the weight {tuple(weight.shape)} of {moments.name!r} does not fit moments of "
             f"{moments.inputs} inputs and {moments.outputs} outputs"
         )
-    if not bool(torch.isfinite(flat).all()):
+    if not bool(torch.isfinite(flat.sum())):
         raise StatisticsError(f"the weight of {moments.name!r} holds values that are NaN or infinite.")
     taps = moments.inputs // channels
     gram = torch.zeros(channels, channels, dtype=flat.dtype, device=flat.device)
+    # The weights' products need not be more exact than those of the rows.
+    short = flat.float() if moments.precision >= torch.finfo(torch.float32).eps else flat
     per_tile = max(1, _TILE // taps)
     for start in range(0, channels, per_tile):
         end = min(start + per_tile, channels)
         rows, columns = slice(start * taps, end * taps), slice(0, end * taps)
-        products = flat[:, rows].T @ flat[:, columns]
-        products *= moments.xx[rows, columns]
+        products = (short[:, rows].T @ short[:, columns]).to(flat)
+        products *= moments.lower[rows, columns]
+        products[:, rows].tril_()
         gram[start:end, :end] = products.view(end - start, taps, -1).sum(1).view(end - start, end, taps).sum(2)
-    gram = gram.tril() + gram.tril(-1).T
+    # A channel with itself: what is above the diagonal is what is below it.
+    own = (moments.lower.diagonal() * flat.square().sum(0)).view(channels, taps).sum(1)
+    gram = gram + gram.tril(-1).T + torch.diag(gram.diagonal() - own)
     target = (moments.xy * flat.T).view(channels, -1).sum(1)
     return Contributions(gram, target, moments.energy)
 

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tersenet.errors import TersenetError
+from tersenet.kernels.moments_call import TileMoments, usable
 
 _ROWS = 2048  # rows per matrix product
 _TILE = 256  # columns per tile of the symmetric product: tiles above the diagonal are not computed
+_WIDE = 512  # inputs and outputs from which on matrix tiles are worth their memory, some huge pages
 
 
 class StatisticsError(TersenetError):
@@ -30,9 +33,10 @@ class Moments:
     """Count, means and centred second moments of input rows `x` (N, D) and target rows `y` (N, O).
 
     `xx` (D, D), `xy` (D, O), `yy` (O, O) are sums over rows of products of deviations from the mean (not divided by N),
-    in float64 on the device of the rows. Matrix products are made in the precision of the first rows added, at least
-    float32, over centred blocks; `precision` is that type's machine epsilon. Blocks have a fixed number of rows, so
-    one stream gives the same bits in whatever chunks it arrives.
+    in float64 on the device of the rows. Products are made in the precision of the first rows added, at least float32,
+    over centred blocks; `precision` is that type's machine epsilon. Blocks have a fixed number of rows, so one stream
+    gives the same bits in whatever chunks it arrives. On processors with matrix tiles, float32 products of wide layers
+    are made of whole numbers there, in less than half the time (`kernels/moments.py`).
 
     Source: Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979.
     """
@@ -44,18 +48,16 @@ class Moments:
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.precision = 0.0
         self._absorbed = self._pending = 0
-        self._mirrored = True
-        # One row more than a block: it carries the distance between the block's mean and the mean so far.
-        self._x, self._y = torch.empty(0), torch.empty(0)
-        self._place(torch.device("cpu"))
+        self._settled = self._mirrored = True
+        self._blocks: Blocks | None = None  # from the first row on
+        nothing, columns = torch.zeros((), dtype=torch.float64), inputs + outputs
+        self._place(nothing.expand(columns, columns), nothing.expand(columns))
 
-    def _place(self, device: torch.device) -> None:
-        zeros = torch.zeros
-        self._mean_x = zeros(self.inputs, dtype=torch.float64, device=device)
-        self._mean_y = zeros(self.outputs, dtype=torch.float64, device=device)
-        self._xx = zeros(self.inputs, self.inputs, dtype=torch.float64, device=device)
-        self._xy = zeros(self.inputs, self.outputs, dtype=torch.float64, device=device)
-        self._yy = zeros(self.outputs, self.outputs, dtype=torch.float64, device=device)
+    def _place(self, sums: Tensor, means: Tensor) -> None:
+        """Columns are outputs first: `xy` is below the diagonal then."""
+        y, x = slice(self.outputs), slice(self.outputs, None)
+        self._xx, self._xy, self._yy = sums[x, x], sums[x, y], sums[y, y]
+        self._mean_x, self._mean_y = means[x], means[y]
 
     @property
     def rows(self) -> int:
@@ -65,42 +67,44 @@ class Moments:
     @property
     def mean_x(self) -> Tensor:
         """(D,), float64."""
-        self._absorb()
+        self._settle()
         return self._mean_x
 
     @property
     def mean_y(self) -> Tensor:
         """(O,), float64."""
-        self._absorb()
+        self._settle()
         return self._mean_y
 
     @property
     def xx(self) -> Tensor:
         """(D, D), float64; not a copy."""
-        self._absorb()
-        if not self._mirrored:
-            for start in range(_TILE, self.inputs, _TILE):
-                rows = self._xx[start : start + _TILE]
-                self._xx[:start, start : start + _TILE] = rows[:, :start].T
-            self._mirrored = True
+        self._mirror()
+        return self._xx
+
+    @property
+    def lower(self) -> Tensor:
+        """(D, D), float64: `xx` on and below the diagonal, and above it anything; not a copy."""
+        self._settle()
         return self._xx
 
     @property
     def xy(self) -> Tensor:
         """(D, O), float64; not a copy."""
-        self._absorb()
+        self._settle()
         return self._xy
 
     @property
     def yy(self) -> Tensor:
         """(O, O), float64; not a copy."""
-        self._absorb()
+        self._mirror()
         return self._yy
 
     @property
     def energy(self) -> float:
         """The targets' sum of squared deviations from their means, over all rows and outputs."""
-        return float(self.yy.trace())
+        self._settle()
+        return float(self._yy.trace())
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in rows `x` (N, D) and `y` (N, O).
@@ -115,17 +119,18 @@ class Moments:
                 f"not {tuple(x.shape)} and {tuple(y.shape)}"
             )
         require_finite(self.name, x, y)
-        x, y = x.detach(), y.detach()
-        if not self.rows and len(x):
-            self._start(x)
-        done = 0
+        if not len(x):
+            return
+        blocks = self._blocks or self._start(x)
+        done, size = 0, len(blocks.rows)
         while done < len(x):
-            taken = min(_ROWS - self._pending, len(x) - done)
-            self._x[self._pending : self._pending + taken] = x[done : done + taken]
-            self._y[self._pending : self._pending + taken] = y[done : done + taken]
+            taken = min(size - self._pending, len(x) - done)
+            place = blocks.rows[self._pending : self._pending + taken]
+            place[:, self.outputs :] = x[done : done + taken].detach()
+            place[:, : self.outputs] = y[done : done + taken].detach()
             done += taken
             self._pending += taken
-            if self._pending == _ROWS:
+            if self._pending == size:
                 self._absorb()
 
     def of_outputs(self, chosen: Tensor) -> Moments:
@@ -136,57 +141,49 @@ class Moments:
         part = copy.copy(self)
         part._xx, part._xy, part._yy = whole, self.xy[:, chosen], self.yy[chosen][:, chosen]
         part._mean_y, part.outputs = self.mean_y[chosen], int(chosen.sum())
-        part._x, part._y = torch.empty(0), torch.empty(0)
         return part
 
-    def _start(self, x: Tensor) -> None:
+    def _start(self, x: Tensor) -> Blocks:
         kind = torch.promote_types(x.dtype, torch.float32)
         self.precision = torch.finfo(kind).eps
-        self._x = torch.empty(_ROWS + 1, self.inputs, dtype=kind, device=x.device)
-        self._y = torch.empty(_ROWS + 1, self.outputs, dtype=kind, device=x.device)
-        if self._xx.device != x.device:
-            self._place(x.device)
+        columns = self.inputs + self.outputs
+        on_tiles = kind == torch.float32 and x.device.type == "cpu" and columns >= _WIDE and usable()
+        self._blocks = TileMoments(columns) if on_tiles else _Products(columns, kind, x.device)
+        self._place(self._blocks.sums, self._blocks.means)
+        return self._blocks
 
     def _absorb(self) -> None:
-        """Move the buffered rows into the sums.
+        """Move the buffered rows into the sums."""
+        if self._blocks is not None and self._pending:
+            self._blocks.add(self._pending, self._absorbed)
+            self._absorbed, self._pending = self._absorbed + self._pending, 0
+            self._settled = self._mirrored = False
 
-        Products are made of deviations from the block's own mean. What that leaves out, the outer product of the
-        distance of the two means, comes in as one more row.
-        """
-        new, old = self._pending, self._absorbed
-        if not new:
+    def _settle(self) -> None:
+        """All rows are in, and constants have moments 0, not those of their rounding errors, which would be divided by
+        like data."""
+        self._absorb()
+        if self._settled or self._blocks is None:
             return
-        for block, mean in ((self._x, self._mean_x), (self._y, self._mean_y)):
-            own = torch.zeros_like(mean)
-            for _ in range(2):  # the second time, what rounding has left of a mean far from zero
-                rest = block[:new].mean(0)
-                block[:new] -= rest
-                own += rest
-            block[new] = (own - mean) * math.sqrt(old * new / (old + new))
-            mean += (own - mean) * (new / (old + new))
-        x, y = self._x[: new + 1], self._y[: new + 1]
-        for start in range(0, self.inputs, _TILE):
-            end = start + _TILE
-            self._xx[start:end, :end] += x[:, start:end].T @ x[:, :end]
-        self._xy += x.T @ y
-        self._yy += y.T @ y
-        self._mirrored = self.inputs <= _TILE
-        self._absorbed, self._pending = old + new, 0
-        self._forget_rounding()
+        sums, means = self._blocks.sums, self._blocks.means
+        still = sums.diagonal() <= self._absorbed * (16 * self.precision * means).square()
+        if bool(still.any()):
+            sums[still] = 0
+            sums[:, still] = 0
+        self._settled = True
 
-    def _forget_rounding(self) -> None:
-        """Constants have moments 0, not those of their rounding errors, which would be divided by like data."""
-        still_x = self._xx.diagonal() <= self._absorbed * (16 * self.precision * self._mean_x).square()
-        still_y = self._yy.diagonal() <= self._absorbed * (16 * self.precision * self._mean_y).square()
-        for matrix, rows, columns in (
-            (self._xx, still_x, still_x),
-            (self._xy, still_x, still_y),
-            (self._yy, still_y, still_y),
-        ):
-            if bool(rows.any()):
-                matrix[rows] = 0
-            if bool(columns.any()):
-                matrix[:, columns] = 0
+    def _mirror(self) -> None:
+        """What is above the diagonals becomes what is below them."""
+        self._settle()
+        if self._mirrored:
+            return
+        for matrix in (self._xx, self._yy):
+            for start in range(0, len(matrix), _TILE):
+                rows = matrix[start : start + _TILE]
+                square = rows[:, start : start + _TILE]
+                square.copy_(square.tril() + square.tril(-1).T)
+                matrix[:start, start : start + _TILE] = rows[:, :start].T
+        self._mirrored = True
 
     def merge(self, other: Moments) -> None:
         """Take in all rows of `other`, which stays as it is: equal to one pass over both streams, up to rounding.
@@ -201,7 +198,7 @@ class Moments:
             )
         if not other.rows:
             return
-        if not self.rows:
+        if self._blocks is None:
             self._start(other.mean_x)
         device = self._xx.device
         new, old = other.rows, self.rows
@@ -214,7 +211,49 @@ class Moments:
         self._mean_y += y * (new / (old + new))
         self._absorbed = old + new
         self.precision = max(self.precision, other.precision)
-        self._forget_rounding()
+        self._settled = False
+
+
+class Blocks(Protocol):
+    """Sums over rows that come block by block: `rows` (most, columns) are written before `add`.
+
+    `means` (columns,) and `sums` (columns, columns), of products of deviations from the mean, are float64. Of `sums`,
+    only what lies on and below the diagonal counts.
+    """
+
+    rows: Tensor
+    means: Tensor
+    sums: Tensor
+
+    def add(self, new: int, old: int) -> None:
+        """Take in the first `new` of the rows; `old` ones are in the sums."""
+
+
+class _Products:
+    """`Blocks` by torch's matrix products, in any precision and on any device."""
+
+    def __init__(self, columns: int, kind: torch.dtype, device: torch.device) -> None:
+        # One row more: it carries the distance between the block's mean and the mean so far.
+        self._block = torch.empty(_ROWS + 1, columns, dtype=kind, device=device)
+        self.rows = self._block[:_ROWS]
+        self.means = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+
+    def add(self, new: int, old: int) -> None:
+        """Products are made of deviations from the block's own mean. What that leaves out, the outer product of the
+        distance of the two means, comes in as one more row."""
+        rows, own = self.rows[:new], torch.zeros_like(self.means)
+        for _ in range(2):  # the second time, what rounding has left of a mean far from zero
+            rest = rows.mean(0)
+            rows -= rest
+            own += rest
+        apart = own - self.means
+        self._block[new] = apart * math.sqrt(old * new / (old + new))
+        self.means += apart * (new / (old + new))
+        block = self._block[: new + 1]
+        for start in range(0, block.shape[1], _TILE):
+            end = start + _TILE
+            self.sums[start:end, :end] += block[:, start:end].T @ block[:, :end]
 
 
 def require_finite(name: str, x: Tensor, y: Tensor) -> None:

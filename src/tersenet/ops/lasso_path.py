@@ -16,8 +16,6 @@ intercept, and the number is exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,27 +24,40 @@ from torch import Tensor
 from tersenet.ops.contributions import Contributions
 
 _NOTHING = 1e-12  # rounding, in units of the first penalty
+_SIGNS = np.array([[1.0], [-1.0]])  # of a channel's correlation where it joins
 _DEPENDENT = 1e-10  # a channel whose contribution has a smaller share outside the active ones' span adds nothing
 
 
-@dataclass(frozen=True)
 class LassoPath:
-    """Exact solutions for every number of channels k from 0 to C; index 0 of each array is k.
+    """Exact solutions for every number of channels k from 0 to C, each followed to where it is first asked for.
 
-    `supports` (C + 1, C) bool has exactly k channels in row k. `penalties` (C + 1,) and `scales` (C + 1, C) are a
-    penalty at which that support is the LASSO's, and its coefficients there; of channels that tie, some can be 0. Where
-    the LASSO never has k channels (some are dead, or others can stand in for them), channels with the largest
+    Where the LASSO never has k channels (some are dead, or others can stand in for them), channels with the largest
     contribution fill up, at penalty 0 with coefficient 0.
     """
 
-    supports: Tensor
-    penalties: Tensor
-    scales: Tensor
+    def __init__(self, gram: NDArray[np.float64], target: NDArray[np.float64]) -> None:
+        """The path over contributions with `gram` (C, C), towards `target` (C,)."""
+        self.channels = len(target)
+        # To penalties and coefficients near one, so that tolerances are relative.
+        self._size, self._pull = float(np.diag(gram).mean()) or 1.0, float(np.abs(target).max(initial=0)) or 1.0
+        self._homotopy = _Homotopy(gram / self._size, target / self._pull)
+        self._squares = np.diag(gram).copy()
+        self._filled = False
 
     @property
-    def channels(self) -> int:
-        """C."""
-        return self.supports.shape[1]
+    def supports(self) -> Tensor:
+        """(C + 1, C) bool: row k has exactly k channels."""
+        return torch.from_numpy(self._followed().supports)
+
+    @property
+    def penalties(self) -> Tensor:
+        """(C + 1,): a penalty at which each support is the LASSO's; of channels that tie, some can be 0 there."""
+        return torch.from_numpy(self._followed().penalties * self._pull)
+
+    @property
+    def scales(self) -> Tensor:
+        """(C + 1, C): the LASSO's coefficients at these penalties."""
+        return torch.from_numpy(self._followed().scales * (self._pull / self._size))
 
     def kept(self, count: int) -> Tensor:
         """(count,) int64, ascending: the LASSO's choice of exactly `count` channels.
@@ -56,7 +67,7 @@ class LassoPath:
         """
         if not 0 <= count <= self.channels:
             raise ValueError(f"can't keep {count} of {self.channels} channels")
-        return torch.nonzero(self.supports[count])[:, 0]
+        return torch.from_numpy(np.flatnonzero(self._followed(count).supports[count]))
 
     @property
     def order(self) -> Tensor:
@@ -67,24 +78,23 @@ class LassoPath:
         """
         return torch.sort(self.supports.sum(0), descending=True, stable=True).indices
 
+    def _followed(self, count: int | None = None) -> _Homotopy:
+        """With the support of `count` channels, or with all of them."""
+        homotopy = self._homotopy
+        if homotopy.follow(count) and not self._filled:
+            self._filled = True
+            own = np.where(homotopy.dead, 0, self._squares)
+            last = homotopy.supports[len(homotopy.members)]
+            filling = np.argsort(-np.where(last, np.inf, own), kind="stable")
+            for missing in np.flatnonzero(~homotopy.reached):
+                homotopy.supports[missing] = False
+                homotopy.supports[missing, filling[:missing]] = True
+        return homotopy
+
 
 def lasso_path(parts: Contributions) -> LassoPath:
     """The whole path. Deterministic: of channels that tie, the one with the lowest index comes first."""
-    gram, target = parts.gram.cpu().numpy(), parts.target.cpu().numpy()
-    channels = len(target)
-    # To penalties and coefficients near one, so that tolerances are relative.
-    size, pull = float(np.diag(gram).mean()) or 1.0, float(np.abs(target).max(initial=0)) or 1.0
-    homotopy = _Homotopy(gram / size, target / pull)
-    homotopy.run()
-    supports, last = homotopy.supports, len(homotopy.members)
-    own = np.where(homotopy.dead, 0, np.diag(gram))
-    filling = np.argsort(-np.where(homotopy.supports[last], np.inf, own), kind="stable")
-    for count in range(channels + 1):
-        if not homotopy.reached[count]:
-            supports[count] = False
-            supports[count, filling[:count]] = True
-    penalties, scales = homotopy.penalties * pull, homotopy.scales * (pull / size)
-    return LassoPath(torch.from_numpy(supports), torch.from_numpy(penalties), torch.from_numpy(scales))
+    return LassoPath(parts.gram.cpu().numpy(), parts.target.cpu().numpy())
 
 
 class _Homotopy:
@@ -107,27 +117,32 @@ class _Homotopy:
         # Who can't join: the dead ever; members and their linear combinations until one leaves.
         self.dead, self.parked = np.diag(gram) <= 1e-14, np.zeros(channels, dtype=bool)
 
-    def run(self) -> None:
-        strength = np.where(self.dead, 0, np.abs(self.correlation))
-        penalty = float(strength.max(initial=0))
-        if penalty == 0:
-            return
-        self.reached[0], self.penalties[0] = True, penalty
-        self._join(int(np.argmax(strength)))
+        strength = np.where(self.dead, 0, np.abs(target))
+        self.penalty = float(strength.max(initial=0))
         # Every knot adds or drops a channel; the bound is for exact ties, among which it could go round in circles.
-        for _ in range(20 * len(strength)):
+        self._left = 20 * channels if self.penalty else 0
+        if self.penalty:
+            self.reached[0], self.penalties[0] = True, self.penalty
+            self._join(int(np.argmax(strength)))
+
+    def follow(self, count: int | None) -> bool:
+        """Go on until nothing can change at `count` channels any more, or to the end; whether it is the end."""
+        while self._left and (count is None or not self.penalties[count]):
+            self._left -= 1
             moves, fall = self._direction()
-            step, joining, leaving = self._next_knot(penalty, moves, fall)
-            self._record(penalty, step, moves)
+            step, joining, leaving = self._next_knot(self.penalty, moves, fall)
+            self._record(self.penalty, step, moves)
             self.values[: len(moves)] += step * moves
             self.correlation -= step * fall
-            penalty -= step
-            if penalty <= _NOTHING:
-                return
+            self.penalty -= step
+            if self.penalty <= _NOTHING:
+                self._left = 0
+                break
             if leaving is not None:
                 self._leave(leaving)
             if joining is not None:
                 self._join(joining)
+        return not self._left
 
     def _direction(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """How the active coefficients and all correlations change while the penalty falls by one."""
@@ -149,16 +164,14 @@ class _Homotopy:
     ) -> tuple[float, int | None, int | None]:
         """How far the penalty falls until a channel joins or a member (by its place) leaves, or it is 0."""
         step, joining, leaving = penalty, None, None
-        free = ~(self.dead | self.parked)
-        for sign in (1.0, -1.0):
-            # A channel that moves with the members never meets the penalty; one that just left moves away from it.
-            rate = 1 - sign * fall
-            meets = free & (rate > 1e-10)
-            gap = np.maximum(penalty - sign * self.correlation, 0)
-            when = np.divide(gap, rate, out=np.full_like(gap, np.inf), where=meets)
-            first = int(np.argmin(when))
-            if when[first] < step:
-                step, joining = float(when[first]), first
+        # A channel that moves with the members never meets the penalty; one that just left moves away from it.
+        rate = 1 - _SIGNS * fall
+        meets = (rate > 1e-10) & ~(self.dead | self.parked)
+        gap = np.maximum(penalty - _SIGNS * self.correlation, 0)
+        when = np.divide(gap, rate, out=np.full_like(gap, np.inf), where=meets)
+        first = int(when.argmin())
+        if when.flat[first] < step:
+            step, joining = float(when.flat[first]), first % len(fall)
         size = len(moves)
         shrinks = moves * self.signs[:size] < 0
         when = np.divide(np.abs(self.values[:size]), np.abs(moves), out=np.full(size, np.inf), where=shrinks)

@@ -54,20 +54,21 @@ def fit(moments: Moments, columns: Tensor | None = None, *, prior: Tensor | None
         StatisticsError: no rows.
         ValueError: a prior of another shape.
     """
-    xx, xy, mean = _chosen(moments, columns)
+    xx, xy, mean = _lower(moments, columns)
     inputs = len(mean)
     start = xx.new_zeros(moments.outputs, inputs) if prior is None else prior.detach().flatten(1).to(xx)
     if start.shape != (moments.outputs, inputs):
         raise ValueError(
             f"a prior of shape {tuple(start.shape)} does not fit {moments.outputs} outputs, {inputs} inputs"
         )
-    through = xx @ start.T
-    missing = xy - through
-    before = moments.energy + float((start.T * (through - 2 * xy)).sum())
     triangle, added = factor(xx, moments.precision, ridge)
-    change = torch.cholesky_solve(missing, triangle)
-    after = before - float((change * missing).sum()) - added * float(change.square().sum())
-    weight = start + change.T
+    wanted = torch.add(xy, start.T, alpha=added) if added else xy
+    solution = torch.cholesky_solve(wanted, triangle)
+    weight = solution.T
+    # Of energy - 2 <W, xy> + <W, xx W>, with xx W from the equations that the weights solve.
+    after = moments.energy - float((solution * xy).sum())
+    if added:
+        after += added * float((weight * (start - weight)).sum())
     bias = moments.mean_y - weight @ mean
     notice = _notice(moments, xx.diagonal(), added and (not ridge or moments.rows <= inputs))
     return Fit(weight, bias, _share(after, moments.energy), added, notice)
@@ -75,7 +76,8 @@ def fit(moments: Moments, columns: Tensor | None = None, *, prior: Tensor | None
 
 def error_of(moments: Moments, weight: Tensor, columns: Tensor | None = None) -> float:
     """The error of given weights (O, M or O, C, *kernel) on the inputs `columns` (M,), with the best bias for them."""
-    xx, xy, _ = _chosen(moments, columns)
+    xx, xy, _ = _lower(moments, columns)
+    xx = xx.tril() + xx.tril(-1).T
     columns_by_outputs = weight.detach().flatten(1).to(xx).T
     missed = moments.energy + float((columns_by_outputs * (xx @ columns_by_outputs - 2 * xy)).sum())
     return _share(missed, moments.energy)
@@ -88,7 +90,7 @@ def error_curve(moments: Moments, order: Tensor, taps: int) -> Tensor:
     squares of its rows of F. Never increasing. Linearly dependent inputs get the ridge of `fit`; the curve is then that
     of the penalised objective, an upper bound.
     """
-    xx, xy, _ = _chosen(moments, channel_columns(order, taps))
+    xx, xy, _ = _lower(moments, channel_columns(order, taps))
     triangle, _ = factor(xx, moments.precision)
     gains = torch.linalg.solve_triangular(triangle, xy, upper=False).square().sum(1)
     explained = torch.cat([gains.new_zeros(1), gains.view(len(order), taps).sum(1).cumsum(0)])
@@ -99,9 +101,9 @@ def error_curve(moments: Moments, order: Tensor, taps: int) -> Tensor:
 def factor(xx: Tensor, precision: float, ridge: float = 0.0) -> tuple[Tensor, float]:
     """Lower triangle L with L L^T = xx + added * I, and what was added.
 
-    `xx` (M, M) is a sum of squares and products of machine epsilon `precision`; `ridge` is in units of its mean
-    diagonal element. Without one, 1e-6 is used where a column is linearly dependent on those before it as far as
-    `precision` can tell, and more where that does not suffice.
+    `xx` (M, M), of which only the lower triangle is read, is a sum of squares and products of machine epsilon
+    `precision`; `ridge` is in units of its mean diagonal element. Without one, 1e-6 is used where a column is linearly
+    dependent on those before it as far as `precision` can tell, and more where that does not suffice.
     """
     diagonal = xx.diagonal()
     size = float(diagonal.mean()) or 1.0
@@ -122,13 +124,16 @@ def factor(xx: Tensor, precision: float, ridge: float = 0.0) -> tuple[Tensor, fl
         ridge *= 10
 
 
-def _chosen(moments: Moments, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _lower(moments: Moments, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`xx` on and below the diagonal, `xy` and the means of the inputs `columns`."""
     if not moments.rows:
         raise StatisticsError(f"{moments.name!r} has seen no calibration data: give at least one image.")
     if columns is None:
-        return moments.xx, moments.xy, moments.mean_x
-    columns = columns.to(moments.xx.device)
-    return moments.xx[columns[:, None], columns], moments.xy[columns], moments.mean_x[columns]
+        return moments.lower, moments.xy, moments.mean_x
+    columns = columns.to(moments.xy.device)
+    ascending = bool((columns[1:] > columns[:-1]).all())
+    xx = moments.lower if ascending else moments.xx
+    return xx[columns[:, None], columns], moments.xy[columns], moments.mean_x[columns]
 
 
 def _share(missed: float, energy: float) -> float:

@@ -46,10 +46,11 @@ def global_threshold(
     """One threshold for all layers, by bisection in [0, 1]: the first that saves between goal and goal + tolerance, or
     else the lowest seen that saves at least the goal.
 
-    `saved` must not fall with the threshold, and must reach the goal at 1. It is called at most `halvings` times.
+    `saved` must not fall with the threshold, and must reach the goal at 1. It is called once, and at most once more
+    after each of `halvings` halvings: with ten of them, the thresholds are multiples of 1 / 2048, as published.
     """
     low, high = 0.0, 1.0
-    for _ in range(halvings):
+    for _ in range(halvings + 1):
         middle = (low + high) / 2
         share = saved(middle)
         if goal <= share <= goal + tolerance:

@@ -28,6 +28,8 @@ class LatencyCosts:
     """Microseconds for one image, on torch's current number of threads. The same question has the same answer: times
     are kept in the cache folder."""
 
+    way_out = "Include more layers, use residual: coupled, or leave multiple and at_least at 1"
+
     def __init__(self, graph: ModelGraph, items: Sequence[Item]) -> None:
         self.items = items
         self._sizes = np.array([item.size for item in items], dtype=np.float64)
