@@ -59,6 +59,7 @@ SMALL = {"vgg16": (), "resnet18": ("layer4.*",)}
 DIRECT = ("eager", "compile", "onnxruntime", "openvino")
 # Case -> share of the channels, density and block of output channels, in `LINEAR` networks without and with the linear
 # layers.
+HALF = "half of the channels"  # the plain network, everywhere
 CASES = {
     "25 % in 16x1": (1.0, 0.25, 16),
     "25 % unstructured": (1.0, 0.25, 1),
@@ -128,7 +129,8 @@ def networks(name: str, threads: int, rounds: int, peers: list[str]) -> dict[str
         runners[label] = lambda: fast(ordered)
 
     lowered("dense", dense)
-    labels = ["dense"]
+    lowered(HALF, build(name, width=32).eval())
+    labels = ["dense", HALF]
     for label, case in CASES.items():
         for more in ("", TOO) if name in LINEAR else ("",):
             labels.append(label + more)
