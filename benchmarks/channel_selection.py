@@ -7,7 +7,8 @@ fewer latent maps than channels, as in trained networks; 10 positions of 500 ima
 measure. Published: scikit-learn's Lasso on a twentieth of the rows, its penalty doubled and then halved until 128 to
 140 channels are left, and LinearRegression on all rows, in float64 as the published program keeps its features. Ours:
 second moments of all rows, the exact path, Cholesky, at the number of channels that the published search came to. Both
-alternate, on one thread and on all that torch has; each runs twice, and the second run is timed. Writes channel_selection.json beside this file.
+alternate, on one thread and on all that torch has; each runs twice, and the second run is timed. Writes
+channel_selection.json beside this file.
 """
 
 from __future__ import annotations
