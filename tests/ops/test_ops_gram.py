@@ -114,9 +114,11 @@ def test_half_precision_rows_are_multiplied_in_float32() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", [0, 1])
-def test_values_that_are_not_finite_are_refused_whole(value: float, where: int) -> None:
-    good, bad = rows(10), rows(10)
-    bad[where][3, 1] = value
+@pytest.mark.parametrize(("count", "row"), [(10, 3), (5000, 4700)])
+def test_values_that_are_not_finite_are_refused_whole(value: float, where: int, count: int, row: int) -> None:
+    """However many blocks are full before they come."""
+    good, bad = rows(10), rows(count)
+    bad[where][row, 1] = value
     moments = collected(good)
     with pytest.raises(StatisticsError, match=f"{('inputs', 'target outputs')[where]} of 'conv' hold 1 value"):
         moments.add(*bad)

@@ -84,7 +84,8 @@ def contribution(
         for part in parts
     ]
     gram, target = torch.stack([c.gram for c in each]).sum(0), torch.stack([c.target for c in each]).sum(0)
-    return Contributions(gram, target, sum(part.moments.energy for part in parts))
+    energy = sum(part.moments.energy for part in parts)
+    return Contributions(gram, target, energy, max(part.moments.precision for part in parts))
 
 
 def curve(

@@ -39,9 +39,11 @@ from tersenet.kernels.moments_split import (
 MOMENT_TASKS = ("run_split", "run_products")
 GROUP = 4  # panels that stay in the second-level cache while others pass by
 SEGMENT = 20  # panels that pass by in one unit of work
-# Digits of the right side for each sum of products. Those of the pass before are still in the first-level cache, from
-# which the left side, which passes by it, does not push them out.
-_PASSES = ((0,), (0, 1), (1, 2, 0))
+# Parts of a block's rows: a part's digits of both sides stay in the first-level cache for the passes that follow, which
+# are 2.5 times as fast from there. More parts than needed would store and load the sums more often.
+_PARTS = 4
+# Digits of the right side for each sum of products.
+_PASSES = ((0,), (1, 0), (1, 0, 2))
 
 
 @dataclass(frozen=True)
@@ -86,30 +88,36 @@ def _block(module: Module) -> None:
     )
     first, begin = f.mul("%row", PANEL), f.mul("%column", PANEL)
     sums = f.offset(c["sums"], f.add(f.mul(first, c["width"]), begin), "double")
-    with f.loop(PANEL) as line:
-        for k in range(PANEL * 8 // 64):
-            f.prefetch(f.offset(sums, f.add(f.mul(line.index, c["width"]), 8 * k), "double"), write=True)
     fetched = "%next"
-    for order in range(DIGITS):
-        for total in range(4):
-            _tile(f, "tilezero", f"i8 {total}")
-        for number in _PASSES[order]:
-            a, b = f.offset(left, f.mul(digit, order - number), "i8"), f.offset(right, f.mul(digit, number), "i8")
-            with f.loop(c["steps"]) as step:
-                place = f.mul(step.index, 2 * TILE)
-                lines = f.offset(fetched, f.mul(step.index, 16 // GROUP * 64), "i8")
-                for k in range(16 // GROUP):
-                    f.prefetch(f.offset(lines, 64 * k, "i8"), near=False)
-                for tile, side in ((4, a), (6, b), (7, b), (5, a)):
-                    pointer = f.offset(side, f.add(place, tile % 2 * TILE), "i8")
-                    load = "tileloaddt164" if side == a else "tileloadd64"
-                    _tile(f, load, f"i8 {tile}", f"ptr {pointer}", "i64 64")
-                for total in range(4):
-                    _tile(f, "tdpbssd", f"i8 {total}", f"i8 {4 + total // 2}", f"i8 {6 + total % 2}")
-            fetched = f.offset(fetched, f.mul(c["steps"], 16 // GROUP * 64), "i8")
-        for total in range(4):
-            pointer = f.offset(exact, (4 * order + total) * TILE, "i8")
-            _tile(f, "tilestored64", f"i8 {total}", f"ptr {pointer}", "i64 64")
+    for part in range(_PARTS):
+        start, end = (f.divmod(f.mul(c["steps"], k), _PARTS)[0] for k in (part, part + 1))
+        for order in range(DIGITS):
+            for total in range(4):
+                if part:
+                    pointer = f.offset(exact, (4 * order + total) * TILE, "i8")
+                    _tile(f, "tileloadd64", f"i8 {total}", f"ptr {pointer}", "i64 64")
+                else:
+                    _tile(f, "tilezero", f"i8 {total}")
+            for number in _PASSES[order]:
+                a, b = f.offset(left, f.mul(digit, order - number), "i8"), f.offset(right, f.mul(digit, number), "i8")
+                with f.loop(end, start=start) as step:
+                    lines = f.offset(fetched, f.mul(f.sub(step.index, start), 16 // GROUP * 64), "i8")
+                    for k in range(16 // GROUP):
+                        f.prefetch(f.offset(lines, 64 * k, "i8"), near=False)
+                    if order == 1:
+                        line = f.add(f.sub(step.index, start), 8 * part + 4 * number)
+                        line = f.offset(sums, f.mul(line, c["width"]), "double")
+                        for k in range(PANEL * 8 // 64):
+                            f.prefetch(f.offset(line, 8 * k, "double"), write=True)
+                    for tile, side, totals in ((4, a, ()), (6, b, (0,)), (7, b, (1,)), (5, a, (2, 3))):
+                        place = f.add(f.mul(step.index, 2 * TILE), tile % 2 * TILE)
+                        _tile(f, "tileloadd64", f"i8 {tile}", f"ptr {f.offset(side, place, 'i8')}", "i64 64")
+                        for total in totals:
+                            _tile(f, "tdpbssd", f"i8 {total}", f"i8 {4 + total // 2}", f"i8 {6 + total % 2}")
+                fetched = f.offset(fetched, f.mul(f.sub(end, start), 16 // GROUP * 64), "i8")
+            for total in range(4):
+                pointer = f.offset(exact, (4 * order + total) * TILE, "i8")
+                _tile(f, "tilestored64", f"i8 {total}", f"ptr {pointer}", "i64 64")
     columns = [f.add(begin, h * LANES) for h in range(2)]
     names = ("units", "offsets", "distances")
     across = {name: [f.load(DOUBLES, f.offset(c[name], k, "double"), 64) for k in columns] for name in names}

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import struct
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -43,6 +44,25 @@ def _kernels() -> Kernels:
     return kernels(MomentKernel(replace(amx, name="amx-int8", extra=f"{amx.extra},+amx-int8")))
 
 
+class _Scratch:
+    """What is written anew for each block of rows: the rows, and their digits for both sides of the products."""
+
+    def __init__(self, width: int) -> None:
+        # An odd number of lines between rows: with even ones columns would meet in few sets of the cache.
+        self.rows = memory.zeros((ROWS, width + PANEL // 2))
+        self.left, self.right = (memory.zeros((width, DIGITS, ROWS), torch.int8) for _ in range(2))
+
+
+_spare: list[_Scratch] = []
+"""Of the layer before, at most one: memory that is new to the process costs as much as splitting the rows."""
+
+
+def _taken(width: int) -> _Scratch | None:
+    with suppress(IndexError):
+        scratch = _spare.pop()
+        return scratch if len(scratch.left) == width else None
+
+
 class TileMoments:
     """Sums over rows of `columns` float32 values, as they come block by block.
 
@@ -53,20 +73,22 @@ class TileMoments:
     def __init__(self, columns: int) -> None:
         panels = -(-columns // PANEL)
         width = panels * PANEL
-        # An odd number of lines between rows: with even ones columns would meet in few sets of the cache.
-        self._rows = memory.zeros((ROWS, width + PANEL // 2))
-        self._left, self._right = (memory.zeros((width, DIGITS, ROWS), torch.int8) for _ in range(2))
+        self._scratch = _taken(width) or _Scratch(width)
         self._sums = memory.zeros((width, width), torch.float64)
         self._columns = memory.zeros((len(_OF_COLUMNS), width), torch.float64)
         self._panels = panels
-        self.rows, self.means = self._rows[:, :columns], self._columns[-1, :columns]
+        self.rows, self.means = self._scratch.rows[:, :columns], self._columns[-1, :columns]
         self.sums = self._sums[:columns, :columns]
+
+    def __del__(self) -> None:
+        _spare[:] = [self._scratch]
 
     def add(self, new: int, old: int) -> None:
         """Take in the first `new` of the rows; `old` ones are in the sums."""
+        scratch = self._scratch
         values = {
-            "rows": self._rows.data_ptr(), "stride": self._rows.stride(0), "left": self._left.data_ptr(),
-            "right": self._right.data_ptr(), "sums": self._sums.data_ptr(), "width": self._sums.stride(0),
+            "rows": scratch.rows.data_ptr(), "stride": scratch.rows.stride(0), "left": scratch.left.data_ptr(),
+            "right": scratch.right.data_ptr(), "sums": self._sums.data_ptr(), "width": self._sums.stride(0),
             "panels": self._panels, "steps": -(-new // STEP), "count": new, "reciprocal": _bits(1 / new),
             "share": _bits(new / (old + new)), "weight": _bits(math.sqrt(old * new / (old + new))),
             "root": _bits(math.sqrt(new)), "next": 0,

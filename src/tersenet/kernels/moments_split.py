@@ -123,6 +123,13 @@ def _split(module: Module) -> None:
         place = f.mul(step.index, len(halves) * TILE)
         with f.loop(LANES) as quad:
             first = f.add(f.mul(step.index, STEP), f.mul(quad.index, 4))
+            for side in (right, left):
+                for number in range(DIGITS):
+                    after = f.add(
+                        f.mul(digit, number), f.add(place, f.add(f.mul(quad.index, 2 * TILE // 16), 2 * TILE))
+                    )
+                    for k in range(2):
+                        f.prefetch(f.offset(side, f.add(after, 64 * k), "i8"), write=True)
             to = f.offset(right, f.add(place, f.mul(quad.index, TILE // 16)), "i8")
             for h in halves:
                 _quad(

@@ -25,12 +25,14 @@ _TILE = 128  # columns of the moments handled at once: what is made of them stay
 class Contributions:
     """`gram` (C, C) of the channels' contributions, `target` (C,) of contributions and wanted outputs, both float64.
 
-    `energy` is the wanted outputs' own sum of squares; everything is centred per output.
+    `energy` is the wanted outputs' own sum of squares; everything is centred per output. `precision` is the machine
+    epsilon of what they were made of.
     """
 
     gram: Tensor
     target: Tensor
     energy: float
+    precision: float
 
     def of_units(self, units: Tensor, count: int) -> Contributions:
         """Contributions of `count` units, where channel i belongs to unit `units[i]`, or to none if that is negative.
@@ -44,7 +46,9 @@ class Contributions:
         always = (units < 0).to(owner)
         fixed = self.gram @ always
         energy = self.energy - float(always @ (2 * self.target - fixed))
-        return Contributions(owner.T @ self.gram @ owner, owner.T @ (self.target - fixed), max(energy, 0.0))
+        return Contributions(
+            owner.T @ self.gram @ owner, owner.T @ (self.target - fixed), max(energy, 0.0), self.precision
+        )
 
 
 def contributions(moments: Moments, weight: Tensor) -> Contributions:
@@ -67,21 +71,22 @@ def contributions(moments: Moments, weight: Tensor) -> Contributions:
         raise StatisticsError(f"the weight of {moments.name!r} holds values that are NaN or infinite.")
     taps = moments.inputs // channels
     gram = torch.zeros(channels, channels, dtype=flat.dtype, device=flat.device)
-    # The weights' products need not be more exact than those of the rows.
-    short = flat.float() if moments.precision >= torch.finfo(torch.float32).eps else flat
+    # A channel's products need not be more exact than those of the rows. Float32 has no room for very large ones.
+    is_short = moments.precision >= torch.finfo(torch.float32).eps and float(moments.lower.diagonal().max()) < 1e30
+    short = flat.float() if is_short else flat
     per_tile = max(1, _TILE // taps)
     for start in range(0, channels, per_tile):
         end = min(start + per_tile, channels)
         rows, columns = slice(start * taps, end * taps), slice(0, end * taps)
-        products = (short[:, rows].T @ short[:, columns]).to(flat)
-        products *= moments.lower[rows, columns]
+        products = short[:, rows].T @ short[:, columns]
+        products *= moments.lower[rows, columns].to(short)
         products[:, rows].tril_()
         gram[start:end, :end] = products.view(end - start, taps, -1).sum(1).view(end - start, end, taps).sum(2)
     # A channel with itself: what is above the diagonal is what is below it.
     own = (moments.lower.diagonal() * flat.square().sum(0)).view(channels, taps).sum(1)
     gram = gram + gram.tril(-1).T + torch.diag(gram.diagonal() - own)
     target = (moments.xy * flat.T).view(channels, -1).sum(1)
-    return Contributions(gram, target, moments.energy)
+    return Contributions(gram, target, moments.energy, moments.precision)
 
 
 def summed(parts: Sequence[Contributions]) -> Contributions:
@@ -90,4 +95,5 @@ def summed(parts: Sequence[Contributions]) -> Contributions:
     weighted = list(zip(parts, scales, strict=True))
     gram = torch.stack([part.gram * scale for part, scale in weighted]).sum(0)
     target = torch.stack([part.target * scale for part, scale in weighted]).sum(0)
-    return Contributions(gram, target, sum(part.energy * scale for part, scale in weighted))
+    energy = sum(part.energy * scale for part, scale in weighted)
+    return Contributions(gram, target, energy, max(part.precision for part in parts))

@@ -22,6 +22,7 @@ from tersenet.kernels.moments_call import TileMoments, usable
 
 _ROWS = 2048  # rows per matrix product
 _TILE = 256  # columns per tile of the symmetric product: tiles above the diagonal are not computed
+_PIECE = 1 << 18  # values that are looked at while they are in the cache from being copied
 _WIDE = 512  # inputs and outputs from which on matrix tiles are worth their memory, some huge pages
 
 
@@ -118,20 +119,24 @@ class Moments:
                 f"{self.name!r} takes rows of {self.inputs} and {self.outputs} values, "
                 f"not {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        require_finite(self.name, x, y)
         if not len(x):
             return
         blocks = self._blocks or self._start(x)
-        done, size = 0, len(blocks.rows)
+        size, pending, done = len(blocks.rows), self._pending, 0
         while done < len(x):
-            taken = min(size - self._pending, len(x) - done)
-            place = blocks.rows[self._pending : self._pending + taken]
-            place[:, self.outputs :] = x[done : done + taken].detach()
-            place[:, : self.outputs] = y[done : done + taken].detach()
-            done += taken
-            self._pending += taken
-            if self._pending == size:
+            if pending == size:
+                # What is absorbed can't be left out again.
+                require_finite(self.name, x[done:], y[done:])
+                self._pending, pending = pending, 0
                 self._absorb()
+            end = min(len(x), done + size - pending, done + max(1, _PIECE // (self.inputs + self.outputs)))
+            place = blocks.rows[pending : pending + end - done]
+            place[:, self.outputs :] = x[done:end].detach()
+            place[:, : self.outputs] = y[done:end].detach()
+            if not bool(torch.isfinite(place.sum())):
+                require_finite(self.name, x, y)
+            pending, done = pending + end - done, end
+        self._pending = pending
 
     def of_outputs(self, chosen: Tensor) -> Moments:
         """The same inputs with only the outputs `chosen` (O,) bool, to be read and not added to: `xx` is shared."""

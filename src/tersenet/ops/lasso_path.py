@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tersenet.ops.contributions import Contributions
 
-_NOTHING = 1e-12  # rounding, in units of the first penalty
+_NOTHING = 1e-12  # rounding of float64, in units of the first penalty
 _SIGNS = np.array([[1.0], [-1.0]])  # of a channel's correlation where it joins
 _DEPENDENT = 1e-10  # a channel whose contribution has a smaller share outside the active ones' span adds nothing
 
@@ -35,12 +35,12 @@ class LassoPath:
     contribution fill up, at penalty 0 with coefficient 0.
     """
 
-    def __init__(self, gram: NDArray[np.float64], target: NDArray[np.float64]) -> None:
-        """The path over contributions with `gram` (C, C), towards `target` (C,)."""
+    def __init__(self, gram: NDArray[np.float64], target: NDArray[np.float64], precision: float) -> None:
+        """The path over contributions with `gram` (C, C), towards `target` (C,), which are as exact as `precision`."""
         self.channels = len(target)
         # To penalties and coefficients near one, so that tolerances are relative.
         self._size, self._pull = float(np.diag(gram).mean()) or 1.0, float(np.abs(target).max(initial=0)) or 1.0
-        self._homotopy = _Homotopy(gram / self._size, target / self._pull)
+        self._homotopy = _Homotopy(gram / self._size, target / self._pull, precision)
         self._squares = np.diag(gram).copy()
         self._filled = False
 
@@ -94,7 +94,7 @@ class LassoPath:
 
 def lasso_path(parts: Contributions) -> LassoPath:
     """The whole path. Deterministic: of channels that tie, the one with the lowest index comes first."""
-    return LassoPath(parts.gram.cpu().numpy(), parts.target.cpu().numpy())
+    return LassoPath(parts.gram.cpu().numpy(), parts.target.cpu().numpy(), parts.precision)
 
 
 class _Homotopy:
@@ -105,8 +105,10 @@ class _Homotopy:
     `rows` are their rows of the full one, both in the order of `members`.
     """
 
-    def __init__(self, gram: NDArray[np.float64], target: NDArray[np.float64]) -> None:
+    def __init__(self, gram: NDArray[np.float64], target: NDArray[np.float64], precision: float) -> None:
         channels = len(target)
+        # Behind what rounding leaves channels would go on joining and leaving, to and fro.
+        self.nothing, self.dependent = max(_NOTHING, 8 * precision), max(_DEPENDENT, 8 * precision)
         self.gram, self.correlation = gram, target.copy()
         self.members: list[int] = []
         self.signs, self.values = np.zeros(channels), np.zeros(channels)
@@ -114,6 +116,8 @@ class _Homotopy:
         self.reached = np.zeros(channels + 1, dtype=bool)
         self.supports = np.zeros((channels + 1, channels), dtype=bool)
         self.penalties, self.scales = np.zeros(channels + 1), np.zeros((channels + 1, channels))
+        # How things move while the members stay.
+        self._line: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         # Who can't join: the dead ever; members and their linear combinations until one leaves.
         self.dead, self.parked = np.diag(gram) <= 1e-14, np.zeros(channels, dtype=bool)
 
@@ -129,13 +133,13 @@ class _Homotopy:
         """Go on until nothing can change at `count` channels any more, or to the end; whether it is the end."""
         while self._left and (count is None or not self.penalties[count]):
             self._left -= 1
-            moves, fall = self._direction()
+            moves, fall = self._line = self._line or self._direction()
             step, joining, leaving = self._next_knot(self.penalty, moves, fall)
             self._record(self.penalty, step, moves)
             self.values[: len(moves)] += step * moves
             self.correlation -= step * fall
             self.penalty -= step
-            if self.penalty <= _NOTHING:
+            if self.penalty <= self.nothing:
                 self._left = 0
                 break
             if leaving is not None:
@@ -198,8 +202,9 @@ class _Homotopy:
         through = inverse @ column
         rest = self.gram[channel, channel] - float(through @ column)
         self.parked[channel] = True
-        if rest <= _DEPENDENT * self.gram[channel, channel]:
+        if rest <= self.dependent * self.gram[channel, channel]:
             return
+        self._line = None
         _add_outer(inverse, through, through / rest)
         self.inverse[size, :size] = self.inverse[:size, size] = -through / rest
         self.inverse[size, size] = 1 / rest
@@ -209,6 +214,7 @@ class _Homotopy:
 
     def _leave(self, place: int) -> None:
         """The last member takes the place."""
+        self._line = None
         last = len(self.members) - 1
         self.members[place] = self.members[last]
         self.members.pop()

@@ -63,10 +63,13 @@ def fit(moments: Moments, columns: Tensor | None = None, *, prior: Tensor | None
         )
     triangle, added = factor(xx, moments.precision, ridge)
     wanted = torch.add(xy, start.T, alpha=added) if added else xy
-    solution = torch.cholesky_solve(wanted, triangle)
+    # In place: as much memory again takes a fourth of the time.
+    solution = wanted.clone(memory_format=torch.contiguous_format)
+    torch.linalg.solve_triangular(triangle, solution, upper=False, out=solution)
+    torch.linalg.solve_triangular(triangle.mT, solution, upper=True, out=solution)
     weight = solution.T
     # Of energy - 2 <W, xy> + <W, xx W>, with xx W from the equations that the weights solve.
-    after = moments.energy - float((solution * xy).sum())
+    after = moments.energy - float(torch.dot(solution.flatten(), xy.flatten()))
     if added:
         after += added * float((weight * (start - weight)).sum())
     bias = moments.mean_y - weight @ mean
@@ -108,7 +111,7 @@ def factor(xx: Tensor, precision: float, ridge: float = 0.0) -> tuple[Tensor, fl
     diagonal = xx.diagonal()
     size = float(diagonal.mean()) or 1.0
     if not ridge:
-        triangle, failed = torch.linalg.cholesky_ex(xx)
+        triangle, failed = _cholesky(xx.clone())
         # What of each column is not explained by those before it.
         own = triangle.diagonal().square() / diagonal
         rounding = max(precision, len(xx) * torch.finfo(torch.float64).eps)
@@ -118,10 +121,17 @@ def factor(xx: Tensor, precision: float, ridge: float = 0.0) -> tuple[Tensor, fl
     while True:
         shifted = xx.clone()
         shifted.diagonal().add_(ridge * size)
-        triangle, failed = torch.linalg.cholesky_ex(shifted)
+        triangle, failed = _cholesky(shifted)
         if not int(failed):
             return triangle, ridge * size
         ridge *= 10
+
+
+def _cholesky(xx: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of `xx`, and in LAPACK's order of columns, in which the lower triangle is the upper one."""
+    failed = torch.zeros((), dtype=torch.int32, device=xx.device)
+    torch.linalg.cholesky_ex(xx.mT, upper=True, out=(xx.mT, failed))
+    return xx, failed
 
 
 def _lower(moments: Moments, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
