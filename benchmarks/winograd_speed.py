@@ -1,21 +1,24 @@
 """Single 3x3 convolutions on the generated kernels, Winograd's and AMX's, beside PyTorch's and oneDNN's, packed.
 
-    python -m benchmarks.winograd_speed --threads 1
+    python -m benchmarks.winograd_speed --threads 1 2
 
 A row is three equal layers with bias and ReLU behind each other, each with a weight of its own, so that weights come
-from as far as in a network; times are a third of that. Contenders run in turns: `eager`, which packs its weight anew in
+from as far as in a network; times are a third of that. Contenders run in turns, passes for 0.2 seconds before each
+timed one, so that it is one of many; `first_ms` is a single pass straight behind another contender's, of whose memory
+the second-level cache is full. They are `eager`, which packs its weight anew in
 every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx`, `F2 amx` and `F4 amx` where the
 processor has it; `direct bf16` and `amx half` are bfloat16, and compared with each other only. On one thread processor
 time counts, else wall time. `gflops` counts the direct convolution's operations for every contender, and `error` is the
 relative L2 distance of the third layer's result from float64.
 
 Nothing else should run meanwhile. Writes winograd_speed.json beside this file after each row; a row that is in it, from
-the same environment, is not measured again. Two minutes.
+the same environment, is not measured again. Six minutes for each number of threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -33,7 +36,7 @@ from torch.nn import functional as F
 from tersenet.environment import environment, installed
 from tersenet.lowering.layers import Layer, has_amx
 from tersenet.lowering.modules import build
-from tersenet.measuring.turns import in_turns
+from tersenet.measuring.turns import in_turns, warm_in_turns
 
 RESULT = Path(__file__).with_suffix(".json")
 DEPTH = 3
@@ -49,11 +52,11 @@ SHAPES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=5, help="for each row")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=9, help="for each row")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    where = {**environment("cpu"), "llvmlite": installed("llvmlite"), "threads": options.threads}
+    where = {**environment("cpu"), "llvmlite": installed("llvmlite"), "threads": max(options.threads)}
     result: dict[str, Any] = {
         "claim": "time of single 3x3 convolutions by Winograd's algorithm, beside direct ones",
         "command": " ".join(["python -m benchmarks.winograd_speed", *sys.argv[1:]]),
@@ -64,17 +67,17 @@ def main() -> None:
         before = json.loads(options.result.read_text())
         if before["environment"] == where:
             result["rows"] = before["rows"]
-    done = {(row["images"], row["channels"], row["side"]) for row in result["rows"]}
-    torch.set_num_threads(options.threads)
-    for shape in SHAPES:
-        if shape not in done:
-            row = measured(*shape, options.seconds)
+    done = {(row["threads"], row["images"], row["channels"], row["side"]) for row in result["rows"]}
+    for threads, shape in itertools.product(options.threads, SHAPES):
+        if (threads, *shape) not in done:
+            torch.set_num_threads(threads)
+            row = {"threads": threads} | measured(*shape, options.rounds)
             result["rows"].append(row)
             options.result.write_text(json.dumps(result, indent=1) + "\n")
             print(json.dumps(row), flush=True)
 
 
-def measured(images: int, channels: int, side: int, seconds: float) -> dict[str, Any]:
+def measured(images: int, channels: int, side: int, rounds: int) -> dict[str, Any]:
     """Medians and quartiles of every contender for one shape, and ratios of medians."""
     torch.manual_seed(0)
     size = (images, channels, side, side)
@@ -98,9 +101,8 @@ def measured(images: int, channels: int, side: int, seconds: float) -> dict[str,
             else:
                 runners[name] = chain([build(layer, choice, size) for layer in layers], x)
         errors = {name: float((run() - exact).norm() / exact.norm()) for name, run in runners.items()}
-        first = in_turns(runners, 1, clock)
-        rounds = max(5, int(1e3 * seconds / sum(taken[0] for taken in first.values())))
-        found = {name: [t / DEPTH for t in taken] for name, taken in in_turns(runners, rounds, clock).items()}
+        found = {name: [t / DEPTH for t in taken] for name, taken in warm_in_turns(runners, rounds, clock).items()}
+        first = {name: statistics.median(taken) / DEPTH for name, taken in in_turns(runners, rounds, clock).items()}
     times = {name: statistics.median(taken) for name, taken in found.items()}
     winograd = min(("F2", "F4", "F6"), key=times.__getitem__)
     best = min((winograd, *ON_AMX[:3]), key=lambda name: times.get(name, math.inf))
@@ -111,6 +113,7 @@ def measured(images: int, channels: int, side: int, seconds: float) -> dict[str,
         "side": side,
         "rounds": rounds,
         "median_ms": times,
+        "first_ms": first,
         "quartiles_ms": {name: statistics.quantiles(taken, n=4)[::2] for name, taken in found.items()},
         "gflops": {name: operations / taken / 1e6 for name, taken in times.items()},
         "best": best,

@@ -232,13 +232,13 @@ def test_no_rows_and_a_wrong_prior_are_refused() -> None:
 def test_factor_says_what_it_added() -> None:
     full = normal(50, 6)
     full = full.T @ full
-    triangle, added = factor(full, 1e-16)
+    triangle, added = factor(full.clone, 1e-16)
     assert added == 0
     torch.testing.assert_close(triangle @ triangle.T, full)
     low = normal(50, 3) @ normal(3, 6, seed=1)
-    triangle, added = factor(low.T @ low, 1e-16)
+    triangle, added = factor(lambda: low.T @ low, 1e-16)
     assert added == pytest.approx(1e-6 * float((low.T @ low).diagonal().mean()))
     torch.testing.assert_close(triangle @ triangle.T, low.T @ low + added * torch.eye(6))
     # Not positive: rounding in float32 can do this; the ridge grows until it is.
-    _, added = factor(torch.diag(torch.tensor([1.0, 1.0, -1e-3], dtype=torch.float64)), 1e-7)
+    _, added = factor(lambda: torch.diag(torch.tensor([1.0, 1.0, -1e-3], dtype=torch.float64)), 1e-7)
     assert added > 1e-3

@@ -66,7 +66,8 @@ def _parts(tiles: int, in_channels: int, outputs: int, threads: int) -> Plan:
     are taken together than the cache holds; and all outputs, so that a tap of V comes near once."""
     groups = max(1, min(_PARTS_GROUPS, in_channels // _PARTS_CHANNELS))
     if threads == 1:
-        return Plan(min(GROUP * groups, tiles), False, outputs, 1)
+        blocks = -(-tiles // (GROUP * groups))  # of one size: a small last one would read all weights as well
+        return Plan(-(-tiles // blocks), False, outputs, 1)
     if tiles > _FEW_TILES:
         per_thread = tiles // (_UNITS_PER_THREAD * threads * GROUP)
         return Plan(GROUP * max(1, min(groups, per_thread)), False, outputs, 1)

@@ -20,7 +20,9 @@ def in_turns(
     return called_in_turns({name: partial(timed, run, clock) for name, run in runners.items()}, rounds)
 
 
-def warm_in_turns(runners: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def warm_in_turns(
+    runners: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock = time.perf_counter_ns
+) -> dict[str, list[float]]:
     """The same where passes for a fifth of a second come before each timed one: what a runner reads is then where a
     loop of its passes finds it. The threads of the one before sleep by then (those of ONNX Runtime wait actively for
     0.1 seconds), and the system has put its own on processors of their own, which takes as long where it packs them."""
@@ -30,7 +32,7 @@ def warm_in_turns(runners: Mapping[str, Callable[[], Any]], rounds: int) -> dict
         run()
         while time.perf_counter() < end:
             run()
-        return timed(run)
+        return timed(run, clock)
 
     return called_in_turns({name: partial(warm, run) for name, run in runners.items()}, rounds)
 

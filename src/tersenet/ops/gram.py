@@ -133,7 +133,7 @@ class Moments:
             place = blocks.rows[pending : pending + end - done]
             place[:, self.outputs :] = x[done:end].detach()
             place[:, : self.outputs] = y[done:end].detach()
-            if not bool(torch.isfinite(place.sum())):
+            if not math.isfinite(float(place.sum())):
                 require_finite(self.name, x, y)
             pending, done = pending + end - done, end
         self._pending = pending
@@ -264,7 +264,7 @@ class _Products:
 def require_finite(name: str, x: Tensor, y: Tensor) -> None:
     """Raises: StatisticsError if the layer's input rows `x` or target rows `y` hold a NaN or an infinity."""
     for what, rows in (("inputs", x), ("target outputs", y)):
-        if bool(torch.isfinite(rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32)))):
+        if math.isfinite(float(rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32)))):
             continue
         count = int(rows.numel() - torch.isfinite(rows).sum())
         if count:

@@ -84,7 +84,7 @@ class LassoPath:
         if homotopy.follow(count) and not self._filled:
             self._filled = True
             own = np.where(homotopy.dead, 0, self._squares)
-            last = homotopy.supports[len(homotopy.members)]
+            last = homotopy.supports[homotopy.size]
             filling = np.argsort(-np.where(last, np.inf, own), kind="stable")
             for missing in np.flatnonzero(~homotopy.reached):
                 homotopy.supports[missing] = False
@@ -110,7 +110,7 @@ class _Homotopy:
         # Behind what rounding leaves channels would go on joining and leaving, to and fro.
         self.nothing, self.dependent = max(_NOTHING, 8 * precision), max(_DEPENDENT, 8 * precision)
         self.gram, self.correlation = gram, target.copy()
-        self.members: list[int] = []
+        self.size, self._members = 0, np.zeros(channels, dtype=np.int64)
         self.signs, self.values = np.zeros(channels), np.zeros(channels)
         self.inverse, self.rows = np.zeros((channels, channels)), np.zeros((channels, channels))
         self.reached = np.zeros(channels + 1, dtype=bool)
@@ -128,6 +128,11 @@ class _Homotopy:
         if self.penalty:
             self.reached[0], self.penalties[0] = True, self.penalty
             self._join(int(np.argmax(strength)))
+
+    @property
+    def members(self) -> NDArray[np.int64]:
+        """Channels in the order in which the matrices have them."""
+        return self._members[: self.size]
 
     def follow(self, count: int | None) -> bool:
         """Go on until nothing can change at `count` channels any more, or to the end; whether it is the end."""
@@ -150,7 +155,7 @@ class _Homotopy:
 
     def _direction(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """How the active coefficients and all correlations change while the penalty falls by one."""
-        size = len(self.members)
+        size = self.size
         signs, inverse, rows = self.signs[:size], self.inverse[:size, :size], self.rows[:size]
         moves = inverse @ signs
         fall = moves @ rows
@@ -170,9 +175,10 @@ class _Homotopy:
         step, joining, leaving = penalty, None, None
         # A channel that moves with the members never meets the penalty; one that just left moves away from it.
         rate = 1 - _SIGNS * fall
-        meets = (rate > 1e-10) & ~(self.dead | self.parked)
         gap = np.maximum(penalty - _SIGNS * self.correlation, 0)
-        when = np.divide(gap, rate, out=np.full_like(gap, np.inf), where=meets)
+        gap[:, self.dead | self.parked] = np.inf
+        gap[rate <= 1e-10] = np.inf
+        when = gap / np.maximum(rate, 1e-10)
         first = int(when.argmin())
         if when.flat[first] < step:
             step, joining = float(when.flat[first]), first % len(fall)
@@ -197,7 +203,7 @@ class _Homotopy:
             self.scales[size, self.members] = self.values[:size] + step / 2 * moves
 
     def _join(self, channel: int) -> None:
-        size = len(self.members)
+        size = self.size
         inverse, column = self.inverse[:size, :size], self.gram[self.members, channel]
         through = inverse @ column
         rest = self.gram[channel, channel] - float(through @ column)
@@ -210,14 +216,15 @@ class _Homotopy:
         self.inverse[size, size] = 1 / rest
         self.rows[size], self.values[size] = self.gram[channel], 0.0
         self.signs[size] = 1.0 if self.correlation[channel] > 0 else -1.0
-        self.members.append(channel)
+        self._members[size] = channel
+        self.size += 1
 
     def _leave(self, place: int) -> None:
         """The last member takes the place."""
         self._line = None
-        last = len(self.members) - 1
-        self.members[place] = self.members[last]
-        self.members.pop()
+        last = self.size - 1
+        self._members[place] = self._members[last]
+        self.size = last
         for matrix in (self.inverse, self.inverse.T, self.rows):
             matrix[[place, last]] = matrix[[last, place]]
         for vector in (self.values, self.signs):

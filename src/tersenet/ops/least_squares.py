@@ -12,6 +12,7 @@ weights, they stay near the old ones instead of near zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +55,14 @@ def fit(moments: Moments, columns: Tensor | None = None, *, prior: Tensor | None
         StatisticsError: no rows.
         ValueError: a prior of another shape.
     """
-    xx, xy, mean = _lower(moments, columns)
+    xy, mean, squares = _read(moments, columns)
     inputs = len(mean)
-    start = xx.new_zeros(moments.outputs, inputs) if prior is None else prior.detach().flatten(1).to(xx)
+    start = xy.new_zeros(moments.outputs, inputs) if prior is None else prior.detach().flatten(1).to(xy)
     if start.shape != (moments.outputs, inputs):
         raise ValueError(
             f"a prior of shape {tuple(start.shape)} does not fit {moments.outputs} outputs, {inputs} inputs"
         )
-    triangle, added = factor(xx, moments.precision, ridge)
+    triangle, added = factor(lambda: _lower(moments, columns), moments.precision, ridge)
     wanted = torch.add(xy, start.T, alpha=added) if added else xy
     # In place: as much memory again takes a fourth of the time.
     solution = wanted.clone(memory_format=torch.contiguous_format)
@@ -73,13 +74,14 @@ def fit(moments: Moments, columns: Tensor | None = None, *, prior: Tensor | None
     if added:
         after += added * float((weight * (start - weight)).sum())
     bias = moments.mean_y - weight @ mean
-    notice = _notice(moments, xx.diagonal(), added and (not ridge or moments.rows <= inputs))
+    notice = _notice(moments, squares, added and (not ridge or moments.rows <= inputs))
     return Fit(weight, bias, _share(after, moments.energy), added, notice)
 
 
 def error_of(moments: Moments, weight: Tensor, columns: Tensor | None = None) -> float:
     """The error of given weights (O, M or O, C, *kernel) on the inputs `columns` (M,), with the best bias for them."""
-    xx, xy, _ = _lower(moments, columns)
+    xy, _, _ = _read(moments, columns)
+    xx = _lower(moments, columns)
     xx = xx.tril() + xx.tril(-1).T
     columns_by_outputs = weight.detach().flatten(1).to(xx).T
     missed = moments.energy + float((columns_by_outputs * (xx @ columns_by_outputs - 2 * xy)).sum())
@@ -93,57 +95,67 @@ def error_curve(moments: Moments, order: Tensor, taps: int) -> Tensor:
     squares of its rows of F. Never increasing. Linearly dependent inputs get the ridge of `fit`; the curve is then that
     of the penalised objective, an upper bound.
     """
-    xx, xy, _ = _lower(moments, channel_columns(order, taps))
-    triangle, _ = factor(xx, moments.precision)
+    columns = channel_columns(order, taps)
+    xy, _, _ = _read(moments, columns)
+    triangle, _ = factor(lambda: _lower(moments, columns), moments.precision)
     gains = torch.linalg.solve_triangular(triangle, xy, upper=False).square().sum(1)
     explained = torch.cat([gains.new_zeros(1), gains.view(len(order), taps).sum(1).cumsum(0)])
     energy = moments.energy
     return ((energy - explained) / energy).clamp(min=0) if energy > 0 else torch.zeros_like(explained)
 
 
-def factor(xx: Tensor, precision: float, ridge: float = 0.0) -> tuple[Tensor, float]:
+def factor(made: Callable[[], Tensor], precision: float, ridge: float = 0.0) -> tuple[Tensor, float]:
     """Lower triangle L with L L^T = xx + added * I, and what was added.
 
-    `xx` (M, M), of which only the lower triangle is read, is a sum of squares and products of machine epsilon
-    `precision`; `ridge` is in units of its mean diagonal element. Without one, 1e-6 is used where a column is linearly
-    dependent on those before it as far as `precision` can tell, and more where that does not suffice.
+    `made` gives xx (M, M) in memory that becomes L's, anew each time; only its lower triangle is read. It is a sum of
+    squares and products of machine epsilon `precision`; `ridge` is in units of its mean diagonal element. Without one,
+    1e-6 is used where a column is linearly dependent on those before it as far as `precision` can tell, and more where
+    that does not suffice.
     """
-    diagonal = xx.diagonal()
+    triangle = made()
+    diagonal = triangle.diagonal().clone()
     size = float(diagonal.mean()) or 1.0
     if not ridge:
-        triangle, failed = _cholesky(xx.clone())
+        failed = _factor_in_place(triangle)
         # What of each column is not explained by those before it.
         own = triangle.diagonal().square() / diagonal
-        rounding = max(precision, len(xx) * torch.finfo(torch.float64).eps)
-        if not int(failed) and float(own.min()) > 8 * rounding:
+        rounding = max(precision, len(triangle) * torch.finfo(torch.float64).eps)
+        if not failed and float(own.min()) > 8 * rounding:
             return triangle, 0.0
-        ridge = _RIDGE
+        ridge, triangle = _RIDGE, made()
     while True:
-        shifted = xx.clone()
-        shifted.diagonal().add_(ridge * size)
-        triangle, failed = _cholesky(shifted)
-        if not int(failed):
+        triangle.diagonal().add_(ridge * size)
+        if not _factor_in_place(triangle):
             return triangle, ridge * size
-        ridge *= 10
+        ridge, triangle = 10 * ridge, made()
 
 
-def _cholesky(xx: Tensor) -> tuple[Tensor, Tensor]:
-    """In the place of `xx`, and in LAPACK's order of columns, in which the lower triangle is the upper one."""
+def _factor_in_place(xx: Tensor) -> bool:
+    """Whether that failed. In LAPACK's order of columns the lower triangle is the upper one."""
     failed = torch.zeros((), dtype=torch.int32, device=xx.device)
     torch.linalg.cholesky_ex(xx.mT, upper=True, out=(xx.mT, failed))
-    return xx, failed
+    return bool(failed)
 
 
-def _lower(moments: Moments, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`xx` on and below the diagonal, `xy` and the means of the inputs `columns`."""
+def _read(moments: Moments, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`xy`, the means and the sums of squares of the inputs `columns`, all when None."""
     if not moments.rows:
         raise StatisticsError(f"{moments.name!r} has seen no calibration data: give at least one image.")
+    found = moments.xy, moments.mean_x, moments.lower.diagonal()
     if columns is None:
-        return moments.lower, moments.xy, moments.mean_x
-    columns = columns.to(moments.xy.device)
+        return found
+    xy, mean, squares = (each[columns.to(each.device)] for each in found)
+    return xy, mean, squares
+
+
+def _lower(moments: Moments, columns: Tensor | None) -> Tensor:
+    """A copy of `xx` on and below the diagonal for the inputs `columns`."""
+    if columns is None:
+        return moments.lower.clone(memory_format=torch.contiguous_format)
+    columns = columns.to(moments.lower.device)
     ascending = bool((columns[1:] > columns[:-1]).all())
     xx = moments.lower if ascending else moments.xx
-    return xx[columns[:, None], columns], moments.xy[columns], moments.mean_x[columns]
+    return xx[columns[:, None], columns]
 
 
 def _share(missed: float, energy: float) -> float:
