@@ -51,12 +51,12 @@ def main() -> None:
     result = described(CLAIM, __file__, options, more) | {
         "start": figures(model, data),
         "search": {
-            "images": found.chosen.accuracy.n,
+            "images": found.accuracy.n,
             "whole": found.baseline.top1,
-            **{kind: start.accuracy.top1 for kind, start in starts.items() if start is not None},
-            "best": found.chosen.accuracy.top1,
+            **{kind: start.accuracy.top1 for kind, start in starts.items() if start and start.accuracy},
+            "best": found.accuracy.top1,
             "episode": found.best,
-            "mean_of_each_tenth": _tenths([episode.accuracy.top1 or 0.0 for episode in found.episodes]),
+            "mean_of_each_tenth": _tenths([e.accuracy.top1 or 0.0 if e.accuracy else 0.0 for e in found.episodes]),
         },
         "layers": [layer.model_dump() for layer in found.layers],
         "rows": rows,

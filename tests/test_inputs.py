@@ -130,7 +130,10 @@ def test_the_command_line_takes_an_input_for_each_and_remembers_them(cli: Cli, t
     assert outputs.shape == (5, 4, 4, 4)
 
 
-def test_a_networks_input_is_never_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_networks_input_is_never_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(TersenetError, match=r"Fused is your own network.*give data, example=\(x,\) or input_shape="):
         tn.compress(Fused(), HALF, device="cpu")
     for command in (["compress", "test_inputs:pair", "--recipe", "magnitude"], ["measure", "test_inputs:pair"]):

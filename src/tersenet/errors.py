@@ -23,6 +23,10 @@ class ArtifactError(TersenetError):
     """A saved file or folder that is damaged, forged or of another format."""
 
 
+class NotFiniteError(TersenetError):
+    """A network whose loss or metric is NaN or infinite, so that nothing can be said of it."""
+
+
 class GraphError(TersenetError):
     """A network, layer or operator that the channel graph can't handle; nothing has been changed."""
 

@@ -43,10 +43,22 @@ class Network:
         return np.array([item.size for item in self.items])
 
 
-def networks(most: int, chain: st.SearchStrategy[bool]) -> st.SearchStrategy[Network]:
+class Timed(Network):
+    """Layers of measured times, which rise by jumps and stay the same between them."""
+
+    def __call__(self, left: NDArray[np.int64]) -> int:
+        taken = 0
+        for item, weight, width in zip(self.items, self.weights, left, strict=True):
+            random = np.random.default_rng(weight)
+            jumps = random.integers(1, 100, item.size) * (random.random(item.size) < 0.3)
+            taken += int(jumps[: int(width)].sum())
+        return 1 + self.rest + taken
+
+
+def networks(most: int, chain: st.SearchStrategy[bool], kind: type[Network] = Network) -> st.SearchStrategy[Network]:
     return st.integers(1, 4).flatmap(
         lambda n: st.builds(
-            Network,
+            kind,
             st.lists(st.integers(1, most), min_size=n, max_size=n),
             st.lists(st.integers(1, 500), min_size=n, max_size=n),
             st.integers(0, 5000),
@@ -68,7 +80,7 @@ def curves_of(network: Network, seed: int, convex: bool) -> Curves:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    network=networks(150, st.booleans()),
+    network=networks(150, st.booleans()) | networks(150, st.just(value=False), Timed),
     budget=st.floats(0.02, 1.0),
     rounding=st.builds(Rounding, st.sampled_from([1, 2, 8]), st.integers(1, 9)),
     seed=st.integers(0, 99),
@@ -136,3 +148,16 @@ def test_what_costs_the_same_goes_where_it_hurts_least() -> None:
     target = Target("macs", 60.0, relative=False)
     assert allocate(network, curves, target, 100, Rounding(), {}) == {"0": 2, "1": 10}
     assert uniform_within(network, target, 100, Rounding(), {}) == {"0": 6, "1": 6}
+
+
+def test_steps_that_save_nothing_lead_to_those_that_do() -> None:
+    """A layer timed by fours, which costs nearly nothing in error, gives way before one that costs much."""
+
+    class ByFours(Network):
+        def __call__(self, left: NDArray[np.int64]) -> int:
+            return 100 * (-(-int(left[0]) // 4) + int(left[1]))
+
+    network = ByFours([16, 16], [1, 1], 0, chain=False)
+    curves = {"0": 1e-3 * np.arange(16, -1.0, -1.0), "1": np.arange(16, -1.0, -1.0)}
+    counts = allocate(network, curves, Target("macs", 1700.0, relative=False), 2000, Rounding(), {})
+    assert counts == {"0": 4, "1": 16}

@@ -145,6 +145,18 @@ class Split(nn.Module):
         return torch.cat((z[:, : self.first] + y[:, : self.first], z[:, self.first :]), 1)
 
 
+class Narrow(nn.Module):
+    """Numbers in attributes of operators that torch takes apart anywhere but in inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.length = 2, 5
+
+    def forward(self, y: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return y.narrow(1, self.start, self.length).reshape(len(y), self.length, *y.shape[2:])
+
+
 UNDERSTOOD = {
     "pixel shuffle": (lambda m, y: torch.cat([F.pixel_shuffle(y, 2)] * 4, 1), {"a": 2}, {}),
     "pixel unshuffle": (lambda m, y: F.pixel_unshuffle(y, 2), {"a": 8}, {"wide": 32}),
@@ -167,6 +179,7 @@ UNDERSTOOD = {
     "attention": (lambda m, y: y + m.at(y), {"a": 8, "at.qkv": 4}, {"at": Attention(8, 4, fused=False)}),
     "fused attention": (lambda m, y: y + m.at(y), {"a": 8, "at.qkv": 4}, {"at": Attention(8, 4, fused=True)}),
     "numbers in attributes": (lambda m, y: m.split(y), {"split.b": 2, "split.c": 6}, {"split": Split(), "wide": 10}),
+    "numbers in inference mode": (lambda m, y: m.part(y), {"a": 5}, {"part": Narrow(), "wide": 5}),
     "gate of one channel": (lambda m, y: y * torch.sigmoid(m.gate(y)), {"a": 8}, {"gate": conv(8, 1)}),
     "radix": (
         lambda m, y: (y.view(2, 2, -1, 8, 8) * y.view(2, 2, -1, 8, 8).mean((3, 4), True).softmax(1)).sum(1),
@@ -207,6 +220,9 @@ REFUSED = {
     "position": (lambda m, y: y + m.place, r"a parameter that all channels share"),
     "weight of the input": (lambda m, y: F.conv2d(y, y[:1, :, :1, :1].repeat(8, 1, 1, 1)), r"computed from the input"),
     "all with all": (lambda m, y: (y.flatten(2) @ y.flatten(2).mT).unsqueeze(3), r"bmm.*multiplies all channels"),
+    "divided by their number": (lambda m, y: y / y.shape[1], r"at .*:\d+ \(aten.div: it computes with . in place of 8"),
+    "times a root": (lambda m, y: y * y.shape[1] ** 0.5, r"aten.mul: it computes with 2\.\d+ in place of 2\.828"),
+    "a factor by name": (lambda m, y: torch.add(y, y, alpha=y.shape[1]), r"aten.add: it computes with . in place of 8"),
     "by its number": (lambda m, y: y.view(2, 2, 4, 8, 8).transpose(1, 2).reshape(2, 8, 8, 8), r"at .*:\d+ \(aten.view"),
 }
 
@@ -225,6 +241,21 @@ def test_channels_are_frozen_with_the_reason(name: str) -> None:
     with pytest.raises(GraphError, match="channels of a can't be removed"):
         compact(graph, {"a": np.arange(2)})
     assert torch.equal(model.a.weight, before)
+
+
+def test_a_branch_at_the_end_that_depends_on_a_number_of_channels_keeps_them() -> None:
+    """A copy with fewer channels runs what the network runs, but for its last operator."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.b(hidden := m.a(x))
+        return y * 2 if hidden.shape[1] >= 8 else y
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 4))
+    frozen = ModelGraph(model, (X,)).frozen_groups()
+    assert re.search(
+        r"fixed in forward at .*:\d+ \(aten.mul: its operators depend on the number of channels", frozen["a"]
+    )
+    check_exact(model, (X,))
 
 
 # -- several layers that are tied

@@ -211,6 +211,21 @@ def test_part_of_an_image_is_read_where_it_lies(stride: Pair) -> None:
 
 
 @needs_amx
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_has_no_parts_becomes_nan_where_it_is_read(value: float, stride: int) -> None:
+    x, weight, b = case(12, 1, 40, 7, 7, 33, (3, 3))
+    clean = run(x, weight, b, stride=(stride, stride), padding=(1, 1))
+    x[0, 3, 2, 4] = value
+    found = run(x, weight, b, stride=(stride, stride), padding=(1, 1))
+    there = torch.zeros(7, 7, dtype=torch.bool)
+    there[2, 4] = True
+    read = F.conv2d(there.float()[None, None], torch.ones(1, 1, 3, 3), stride=stride, padding=1)[0, 0] > 0
+    assert bool(found[0, :, read].isnan().all())
+    assert same(found[0, :, ~read], clean[0, :, ~read])
+
+
+@needs_amx
 def test_what_is_not_a_number_stays_so_and_where_it_is() -> None:
     x, weight, b = case(3, 1, 64, 3, 3, 32)
     x[0, 3, 1, 1] = math.nan
@@ -227,6 +242,14 @@ def test_what_is_not_a_number_stays_so_and_where_it_is() -> None:
 def test_small_and_large_numbers(scale: float) -> None:
     x, weight, _ = case(6, 1, 64, 5, 5, 32)
     assert relative_error(run(x * scale, weight), F.conv2d(x.double() * scale, weight.double())) < 5e-6
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_a_bias_of_another_type_is_converted(kind: torch.dtype) -> None:
+    x, weight, b = case(11, 1, 32, 5, 5, 40)
+    b = b.to(kind)
+    assert relative_error(run(x, weight, b), F.conv2d(x, weight, b.float())) < 1e-5
 
 
 @needs_amx
@@ -261,11 +284,15 @@ def test_what_cannot_be_packed(weight: Tensor, bias: Tensor | None, dilation: in
     blocks=st.integers(1, 200),
     threads=st.integers(1, 64),
 )
+@example(131072, 4102, 64, 576, 2, 1)  # 3x3 on an image 2048 wide
 def test_every_cut_is_one(pixels: int, halo: int, floats: int, weights: int, blocks: int, threads: int) -> None:
     cut = cut_of(pixels, halo, floats, weights, blocks, threads, 2 << 20)
     assert cut.block % 32 == 0
     assert 0 < cut.block < pixels + 32
     assert 1 <= cut.output_step <= blocks
+    # Wide images and large dilations: what is copied for other blocks' pixels is not many times the image.
+    if threads == 1:
+        assert -(-pixels // cut.block) * halo <= 2 * (pixels + 32) + halo
     # There is work for at least half of the threads, where there are that many groups of pixels or blocks of outputs.
     units = -(-pixels // cut.block) * -(-blocks // cut.output_step)
     assert 2 * units >= min(threads, max(blocks, -(-pixels // 32)))

@@ -92,6 +92,14 @@ def test_columns_without_deviations_and_with_the_smallest() -> None:
     torch.testing.assert_close(moments.means, x.double().mean(0), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("share", [1e-3, 1e-4, 3e-5, 1e-5, 5e-6, 3e-6])
+@pytest.mark.parametrize("kind", ["two values", "normal"])
+def test_deviations_of_a_few_last_places_of_a_mean_do_not_overflow(share: float, kind: str) -> None:
+    apart = torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(0))
+    x = 1 + share * (apart.sign() if kind == "two values" else apart)
+    assert float(error(collected(x), x).abs().max()) <= 3e-6
+
+
 def test_rows_left_from_a_longer_block_count_no_more() -> None:
     x = torch.randn(ROWS + 5, 40, generator=torch.Generator().manual_seed(0))
     x[:ROWS] *= 1e6

@@ -89,6 +89,14 @@ def test_a_network(choice: str) -> None:
     assert sorted(kinds(fast)) == sorted(classes.get(one, "PrunedLinear") for one in wanted[choice])
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs_stays_as_it_is() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 0)).eval()
+    fast = tn.lower(net, torch.zeros(1, 3, 8, 8), choice="torch")
+    assert fast(torch.zeros(2, 3, 8, 8)).shape == (2, 0)
+    assert [row.name for row in fast.report.layers] == ["0"]
+
+
 def test_nothing_is_shared_with_the_original() -> None:
     net = network()
     for choice in ("torch", "sparse"):

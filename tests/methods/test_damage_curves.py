@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -102,3 +103,13 @@ def test_between_trials_the_damage_of_one_unit_of_error_is_interpolated() -> Non
     np.testing.assert_allclose(found / np.append(errors[:-1], 1), [5, 5, 4, 3, 2, 1.75, 1.5, 1.25, *[1] * 8, 0])
     np.testing.assert_array_equal(damage_curve(np.array([0.3, 0.0]), damage_at), [0.3, 0.0])
     assert len(tried) == 5
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_are_the_worst(lost: float) -> None:
+    errors = np.linspace(1, 0, 17)
+    found = damage_curve(errors, lambda count: lost if count < 3 else errors[count])
+    assert np.isfinite(found).all()
+    assert (found[:3] > 1e11).all()
+    np.testing.assert_allclose(found[4:], errors[4:])
+    assert np.isfinite(damage_curve(errors, lambda count: lost)).all()

@@ -70,6 +70,39 @@ def test_every_pair_is_converted_and_the_rest_left_with_a_reason() -> None:
     torch.testing.assert_close(spatially(model)(images(3)), expected)
 
 
+@pytest.mark.parametrize("calls", range(5))
+def test_a_conversion_that_fails_halfway_leaves_the_network_as_it_was(
+    calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers, the ReLUs that were left out of its forward, its record and what the graph knows."""
+    model, before = net(), net()
+    graph = graph_of(model)
+    known, modules = record_of(model), dict(model.named_modules())
+    method = SparseWinograd.model_validate({"fit": FIT, "density": 0.5})
+    whole, left = graph.apply, [calls]
+
+    def failing(edit: Any) -> None:
+        whole(edit)
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+
+    monkeypatch.setattr(graph, "apply", failing)
+    with pytest.raises(MemoryError):
+        method.apply(graph, Context(CPU, 0))
+    assert record_of(model) == known == graph.record
+    found = dict(model.named_modules())
+    assert found.keys() == modules.keys()
+    assert all(found[name] is modules[name] for name in found)
+    assert type(model) is type(before)
+    assert same(model, before)
+    assert torch.equal(model(images(3)), before(images(3)))
+    left[0] = 100
+    method.apply(graph, Context(CPU, 0))
+    applied(before, density=0.5)
+    assert torch.equal(model(images(3)), before(images(3)))
+
+
 def test_layers_without_their_relu_can_be_native() -> None:
     model = net()
     expected = model(images(3))

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tersenet as tn
 from run_support import CtrlC, files, loaders, make, same
 from tersenet.calibration.items import find_items
 from tersenet.data.load import load_data
-from tersenet.errors import TersenetError, UnknownNameError
+from tersenet.errors import NotFiniteError, TersenetError, UnknownNameError
 from tersenet.graph.model import ModelGraph
 from tersenet.measuring.layer_latency import LatencyTable, Row
-from tersenet.search.amc import EPISODES, MARK, RECIPE, RESULT, reward_of
+from tersenet.search.amc import EPISODES, MARK, RECIPE, RESULT
 from tersenet.search.amc_pruning import Reconstructed, Weakest
+from tersenet.search.amc_rewards import below, reward_of
 from tersenet.search.amc_settings import AmcResult, AmcSettings, budget_of
 from tersenet.search.latency_costs import LatencyCosts
 from tersenet.train.evaluate import evaluate
@@ -79,7 +81,7 @@ def test_rewards() -> None:
     assert reward_of("params", accuracy, 10, 1000) == pytest.approx(-(1 - accuracy.top1) * 6.907755)
     found = run(target=None, reward="params")
     assert found.limit is None
-    assert all(e.reward == reward_of("params", e.accuracy, e.macs, e.params) for e in found.episodes)
+    assert all(e.accuracy and e.reward == reward_of("params", e.accuracy, e.macs, e.params) for e in found.episodes)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -186,6 +188,59 @@ def test_seeds_decide_everything() -> None:
     torch.manual_seed(6)
     assert run() == first
     assert run(seed=1).episodes[2:] != first.episodes[2:]
+
+
+def within(most: float) -> dict[str, Any]:
+    """Data whose loss is not a number for networks that are further off than `most`."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(most - F.cross_entropy(outputs, targets)).log()
+
+    return loaders() | {"loss": loss}
+
+
+def run_within(most: float, **more: Any) -> AmcResult:
+    settings: dict[str, Any] = {"target": "macs=60%", "episodes": 8, "prune": "magnitude", "device": "cpu"}
+    return tn.search_rates(trained(), within(most), **(settings | more))
+
+
+def test_a_network_that_nothing_can_be_said_of_is_bad_and_ends_no_search(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    found = run_within(3.5, out=tmp_path / "whole", on_event=heard.append)
+    broken = [episode for episode in found.episodes if episode.accuracy is None]
+    good = [episode for episode in found.episodes if episode.accuracy is not None]
+    assert len(found.episodes) == 8
+    assert broken
+    assert good
+    assert all(episode.problem and "the mean loss over 40 samples is nan" in episode.problem for episode in broken)
+    assert all(episode.problem is None for episode in good)
+    assert max(episode.reward for episode in broken) < min(0.0, *(episode.reward for episode in good))
+    assert found.chosen in good
+    assert found.accuracy.top1 == max(e.accuracy.top1 or 0.0 for e in good if e.accuracy is not None)
+    assert [event["problem"] for event in heard[1:]] == [episode.problem for episode in found.episodes]
+    with pytest.raises(KeyboardInterrupt):
+        run_within(3.5, out=tmp_path / "cut", on_event=CtrlC(3))
+    assert run_within(3.5, out=tmp_path / "cut") == found
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_what_nothing_can_be_said_of_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotFiniteError, match="the mean loss over 40 samples is nan"):
+        run_within(0.0, out=tmp_path)
+    assert not (tmp_path / EPISODES).exists()
+    left = iter([torch.tensor(1.0)] * 2)  # the network as it is takes two batches
+
+    def loss(*_: Any) -> Tensor:
+        return next(left, torch.tensor(torch.inf))
+
+    data = loaders() | {"loss": loss}
+    with pytest.raises(NotFiniteError, match=r"none of 3 episodes says how good its network is. The first: the mean"):
+        tn.search_rates(trained(), data, "macs=60%", prune="magnitude", episodes=3, device="cpu")
+
+
+@pytest.mark.parametrize("least", [0.8, 0.0, -2.5])
+def test_the_reward_of_what_nothing_can_be_said_of_is_below_every_other(least: float) -> None:
+    assert below([least, 0.9]) <= least - 1
 
 
 @pytest.mark.parametrize(

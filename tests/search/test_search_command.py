@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import yaml
 import tersenet as tn
 from run_support import called
 from tersenet import api_search
+from tersenet.cli.progress import Status
+from tersenet.cli.search import Progress
 from tersenet.models.open import Source
 from test_documents import ROOT, blocks
 
@@ -63,6 +66,20 @@ def test_bad_arguments(
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(message)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_nothing_can_be_said_of_keeps_its_line(monkeypatch: pytest.MonkeyPatch, live: bool) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: live)
+    progress = Progress(Status(stream))
+    told = {"event": "episode", "of": 100, "eta_seconds": None, "kind": "searched", "problem": None}
+    progress(told | {"done": 6, "value": None, "best": None, "problem": "the mean loss is nan"})
+    progress(told | {"done": 7, "value": 0.5, "best": 0.5})
+    progress(told | {"done": 8, "value": None, "best": 0.5, "problem": "the mean loss is nan"})
+    assert "6/100  searched  the mean loss is nan\n" in stream.getvalue()
+    assert "8/100  searched  the mean loss is nan  best 0.5\n" in stream.getvalue()
+    assert "0.5  best 0.5\n" not in stream.getvalue()
 
 
 def test_an_interruption_says_where_it_goes_on(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tersenet as tn
 from run_support import CtrlC, files, loaders, make, same
 from tersenet.api import open_model
+from tersenet.cli.sensitivity import Progress
 from tersenet.data.bundle import TensorLoader
 from tersenet.data.load import load_data
 from tersenet.errors import ArtifactError, TersenetError, UnknownNameError
@@ -23,6 +26,7 @@ from tersenet.search.folder import MARK, PAGE, POINTS, RESULT
 from tersenet.search.images import choose
 from tersenet.search.sensitivity import masked
 from tersenet.search.settings import SCORES
+from tersenet.search.tables import render_text
 from tersenet.train.evaluate import evaluate
 
 RATES = (0.0, 0.25, 0.5, 0.75)
@@ -302,6 +306,37 @@ def test_data_without_classes_goes_by_its_metric_or_its_loss() -> None:
     found = run(None, data | shaped | {"metric": lambda outputs, targets: -(outputs[:, 0] - targets).abs()})
     assert found.score == "metric"
     assert found.drop(point := found.layers[0].points[-1]) == found.baseline.metric - point.accuracy.metric
+
+
+@pytest.mark.parametrize("classes", [10, None])
+def test_a_point_that_nothing_can_be_said_of_counts_as_lost_and_ends_nothing(
+    tmp_path: Path, classes: int | None
+) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(3.5 - F.cross_entropy(outputs, targets.long())).log()
+
+    data = loaders() | {"loss": loss}
+    if classes is None:
+        data |= {key: [(x, y.float()) for x, y in data[key]] for key in ("train", "test")} | {"classes": None}
+    heard: list[dict[str, Any]] = []
+    found = run(None, data, out=tmp_path, on_event=heard.append)
+    assert found.score == ("top1" if classes else "loss")
+    points = [(layer, point) for layer in found.layers for point in layer.points]
+    lost = [(layer, point) for layer, point in points if point.accuracy is None]
+    assert 0 < len(lost) < len(points)
+    assert all(found.drop(point) == math.inf for _, point in lost)
+    assert all(found.layer_rate(layer, 1e9) < point.rate for layer, point in lost)
+    assert found.notes[-1].startswith(f"loss or metric not finite, which counts as all lost: {lost[0][0].name} at ")
+    problems = [event["problem"] for event in heard if event.get("problem")]
+    told = [Progress().trial(event) for event in heard[1:]]
+    assert problems == [line.partition("  rate ")[2].partition("  ")[2] for line in told if "nan" in line] != []
+    assert len([line for line in told if line.endswith("not finite")]) == len(lost)
+    assert all("the mean loss over 40 samples is nan" in problem for problem in problems)
+    assert "NaN" in (tmp_path / PAGE).read_text()
+    assert "NaN" in render_text(found)
+    before = files(tmp_path)
+    assert run(None, data, out=tmp_path) == found
+    assert files(tmp_path) == before
 
 
 def test_norms_over_channels_are_told() -> None:

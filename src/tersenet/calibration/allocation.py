@@ -94,28 +94,30 @@ def allocate(costs: Costs, curves: Curves, target: Target, original: int, roundi
     hulls = {i: _envelope(curves[costs.items[i].name], steps) for i, steps in levels.items()}
     at = dict.fromkeys(levels, 0)
 
-    def ratio(i: int) -> float:
-        steps = levels[i]
-        if at[i] + 1 >= len(steps):
-            return math.inf
-        fewer = left.copy()
-        fewer[i] = steps[at[i] + 1]
-        saved = costs(left) - costs(fewer)
-        return (hulls[i][at[i] + 1] - hulls[i][at[i]]) / saved if saved > 0 else math.inf
+    def step(i: int) -> tuple[float, int]:
+        """What is lost for what the next step of a layer saves, and where it leads. A step that saves nothing, as in
+        measured times, is one with the step behind it."""
+        fewer, now = left.copy(), costs(left)
+        for place in range(at[i] + 1, len(levels[i])):
+            fewer[i] = levels[i][place]
+            saved = now - costs(fewer)
+            if saved > 0:
+                return (hulls[i][place] - hulls[i][at[i]]) / saved, place
+        return math.inf, at[i]
 
-    queue = [(ratio(i), i) for i in levels]
+    queue = [(step(i)[0], i) for i in levels]
     heapq.heapify(queue)
     while costs(left) > limit and queue:
         _, i = heapq.heappop(queue)
-        now = ratio(i)
+        now, place = step(i)
         if math.isinf(now):
             continue
         if queue and now > queue[0][0]:
             heapq.heappush(queue, (now, i))
             continue
-        at[i] += 1
-        left[i] = levels[i][at[i]]
-        heapq.heappush(queue, (ratio(i), i))
+        at[i] = place
+        left[i] = levels[i][place]
+        heapq.heappush(queue, (step(i)[0], i))
     if costs(left) > limit:
         # Steps that save nothing by themselves ended the descent before the floor: take the floor, and give back.
         left = _row(costs, floor)

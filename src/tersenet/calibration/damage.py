@@ -16,18 +16,21 @@ from numpy.typing import NDArray
 from tersenet.train import distributed
 
 _TRIED = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares left; 0 stands for 1 unit
+_WORST = 1e12  # all of the outputs' variance many times over: outputs that are not finite count as this
 
 
 def damage_curve(errors: NDArray[np.float64], damage_at: Callable[[int], float]) -> NDArray[np.float64]:
     """(size + 1,) response errors with 0, 1, ... size left -> damage, never rising with what is left.
 
-    `damage_at` tries one number. Every process gets the curve of the first one.
+    `damage_at` tries one number, which may leave a network without finite outputs: that is the worst there is, and does
+    not end a calibration. Every process gets the curve of the first one.
     """
     size = len(errors) - 1
     counts = sorted({max(1, round(share * size)) for share in _TRIED} - {size})
     if not counts:
         return errors
-    factors = [damage_at(count) / max(errors[count], 1e-9) for count in counts]
+    found = {count: damage_at(count) for count in counts}
+    factors = [(value if value < _WORST else _WORST) / max(errors[count], 1e-9) for count, value in found.items()]
     damage = torch.from_numpy(errors * np.interp(np.arange(size + 1), counts, factors))
     distributed.broadcast([damage])
     return np.maximum.accumulate(damage.numpy()[::-1])[::-1].copy()

@@ -33,7 +33,8 @@ class Progress(TrialProgress):
         return f"{event['layers']} layers, {self.of} episodes{known}"
 
     def trial(self, event: dict[str, Any]) -> str:
-        return f"{event['kind']}  {event['value']:.4g}  best {event['best']:.4g}"
+        best = "" if event["best"] is None else f"  best {event['best']:.4g}"
+        return f"{event['kind']}  {event['problem'] or format(event['value'], '.4g')}{best}"
 
     def worth_a_line(self, event: dict[str, Any]) -> bool:
         return self.done in (1, 2, self.of) or self.done % max(1, self.of // _LINES) == 0
@@ -117,26 +118,25 @@ def _text(found: AmcResult) -> str:
     from rich.table import Table
 
     from tersenet.report import format as f
-    from tersenet.search.amc import value_of
+    from tersenet.search.amc_rewards import shown, value_of
 
     layers = Table("layer", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for head in ("channels", "kept", "rate"):
         layers.add_column(head, justify="right")
     for layer in found.layers:
         layers.add_row(f.clean(layer.name), str(layer.channels), str(layer.kept), f"{layer.rate:.3f}")
-    rows = [("whole", found.macs, found.params, found.baseline)]
-    starts = (found.first(kind) for kind in ("even", "measured"))
-    rows += [(row.kind, row.macs, row.params, row.accuracy) for row in starts if row is not None]
+    starts = [episode for kind in ("even", "measured") if (episode := found.first(kind)) is not None]
+    rows = [("whole", found.macs, found.params, value_of(found.baseline))]
+    rows += [(row.kind, row.macs, row.params, shown(row)) for row in starts]
     best = found.chosen
-    rows.append((f"best, episode {found.best}", best.macs, best.params, best.accuracy))
+    rows.append((f"best, episode {found.best}", best.macs, best.params, shown(best)))
     score = "top-1" if found.baseline.top1 is not None else "metric" if found.baseline.metric is not None else "-loss"
     networks = Table("network", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for head in ("MACs", "params", f"{score}, {best.accuracy.n} {f.clean(found.split)} images"):
+    for head in ("MACs", "params", f"{score}, {found.accuracy.n} {f.clean(found.split)} images"):
         networks.add_column(head, justify="right")
-    for name, macs, params, accuracy in rows:
-        value = value_of(accuracy)
-        shown = f.percent(value) if score == "top-1" else f.number(value)
-        networks.add_row(name, f.count(macs), f.count(params), shown)
+    for name, macs, params, value in rows:
+        figure = "not finite" if value is None else f.percent(value) if score == "top-1" else f.number(value)
+        networks.add_row(name, f.count(macs), f.count(params), figure)
     out = Console(width=width(), color_system=None, force_terminal=False, legacy_windows=False)
     with out.capture() as captured:
         out.print(layers)

@@ -32,8 +32,11 @@ class Progress(TrialProgress):
         return f"{event['layers']} layers x {event['rates']} rates on {event['images']} images{known}"
 
     def trial(self, event: dict[str, Any]) -> str:
-        name = next(name for name in ("top1", "metric", "loss") if event[name] is not None)
-        value = f"top-1 {event[name]:.2%}" if name == "top1" else f"{name} {event[name]:.4g}"
+        name = next((name for name in ("top1", "metric", "loss") if event.get(name) is not None), None)
+        if name is None:
+            value = event["problem"] or "not finite"
+        else:
+            value = f"top-1 {event[name]:.2%}" if name == "top1" else f"{name} {event[name]:.4g}"
         return f"{event['layer']}  rate {event['rate']:g}  {value}"
 
     def worth_a_line(self, event: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ ExcludeOption = Annotated[
 
 
 class TrialProgress(ABC):
-    """Called with the events of a search. `done` of `of` trials are known."""
+    """Called with the events of a search. `done` of `of` trials are known. What has a `problem` keeps its line."""
 
     def __init__(self, status: Status | None = None) -> None:
         self.status = status or Status()
@@ -40,7 +40,9 @@ class TrialProgress(ABC):
             self.status.line(f"{self.started(event)}{left}")
             return
         text = f"{self.done}/{self.of}  {self.trial(event)}{left}"
-        if self.status.live:
+        if event.get("problem"):
+            self.status.line(text)
+        elif self.status.live:
             self.status.update(text)
         elif self.worth_a_line(event):
             self.status.line(text)

@@ -4,30 +4,26 @@ Most code takes sizes from tensors, and needs nothing. Where a module keeps them
 `reshape(B, N, self.num_heads, -1)`), the attribute has to shrink with the channels. Where they are written into forward
 (`view(-1, 2048)`), the channels stay, and the reason names the line.
 
-A copy with a third of all channels missing is run, and every operator's shapes are compared with what the labels say.
+A copy with a third of all channels missing is run (`trial`), and every operator's shapes are compared with what the
+labels say (`compare`).
 """
 
 from __future__ import annotations
 
-import ast
 import itertools
-import linecache
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from tersenet.graph import lookup
-from tersenet.graph.choices import repeating
-from tersenet.graph.dispatch import Dispatch
 from tersenet.graph.edits import is_size
 from tersenet.graph.labels import Labelling, NDArrayBool, varying
-from tersenet.graph.shapes import on_meta
-from tersenet.graph.trace import SAME, Op, Place, Trace, first_line, running, same_operator, tensors_in
+from tersenet.graph.statements import attributes_at
+from tersenet.graph.trace import Op, Trace
 from tersenet.graph.units import Units
 
 
@@ -62,14 +58,6 @@ class Fixed:
     mends: list[Mend] = field(default_factory=list[Mend])
     stuck: dict[int, str] = field(default_factory=dict[int, str])
     units: Units | None = None
-
-
-class _Stale(Exception):
-    """The copy does something else than the labels say, from this operator on."""
-
-    def __init__(self, op: int, why: str) -> None:
-        super().__init__(why)
-        self.op = op
 
 
 class Sizes:
@@ -152,54 +140,6 @@ class Sizes:
 
 def _dim(op: Op, place: int) -> int:
     return op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
-
-
-class _Compare(Dispatch):
-    """Checks every operator of the smaller copy against the trace."""
-
-    def __init__(self, trace: Trace, sizes: Sizes, empty: bool) -> None:
-        """Args: empty: the copy and its inputs are on `meta`."""
-        super().__init__()
-        self.trace = trace
-        self.sizes = sizes
-        self.empty = empty
-        self.number = -1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SAME:
-            return func(*args, **(kwargs or {}))
-        self.number += 1
-        if self.number >= len(self.trace.ops) or not same_operator(self.trace.ops[self.number].func, func):
-            raise _Stale(min(self.number, len(self.trace.ops) - 1), "its operators depend on the number of channels")
-        for old, new in zip(self.trace.ops[self.number].args, args, strict=False):
-            if isinstance(old, float) and isinstance(new, float) and old != new:
-                raise _Stale(self.number, f"it computes with {new:.4g} in place of {old:.4g}")
-        result: Any = on_meta(func, args, kwargs or {}) if self.empty else func(*args, **(kwargs or {}))
-        results: list[Any] = list(result) if isinstance(result, (list, tuple)) else [result]
-        shapes = self.sizes.expected(self.number)
-        if any(shape is not None for shape in shapes) and len(shapes) != len(results):
-            raise _Stale(self.number, f"it makes {len(results)} tensors in place of {len(shapes)}")
-        for made, shape in zip(results, shapes, strict=False):
-            if isinstance(made, Tensor) and shape is not None and not _fits(made, shape):
-                raise _Stale(self.number, f"it makes the shape {tuple(made.shape)} in place of {shape}")
-        return result
-
-
-def _fits(made: Tensor, shape: tuple[int, ...]) -> bool:
-    return made.dim() == len(shape) and all(b in (-1, a) for a, b in zip(made.shape, shape, strict=True))
-
-
-def first_difference(copy: nn.Module, example: Any, trace: Trace, sizes: Sizes) -> tuple[int, str] | None:
-    """The operator at which a smaller copy leaves what the labels say, and how; None if it never does."""
-    compare = _Compare(trace, sizes, empty=tensors_in(example)[0].is_meta)
-    try:
-        with running(copy), repeating(tensors_in(example), trace.choices), compare:
-            copy(*example)
-    except _Stale as stale:
-        return stale.op, str(stale)
-    except Exception as error:
-        return max(0, min(compare.number, len(trace.ops) - 1)), first_line(error)
-    return None
 
 
 def options(model: nn.Module, trace: Trace, sizes: Sizes, op: Op) -> list[list[Mend]]:
@@ -291,45 +231,3 @@ def values(mends: list[Mend], model: nn.Module, trace: Trace, sizes: Sizes) -> d
             entries[mend.index] = value
             found[key] = tuple(entries)
     return found
-
-
-@lru_cache(maxsize=512)
-def _parsed(file: str) -> ast.Module | None:
-    try:
-        return ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
-        return None
-
-
-def attributes_at(place: Place) -> list[str]:
-    """Names of `self`'s attributes in the statement at a line, and in what its local names were assigned from."""
-    return list(_attributes_at(place.file, place.line))
-
-
-@lru_cache(maxsize=4096)
-def _attributes_at(file: str, line: int) -> tuple[str, ...]:
-    tree = _parsed(file)
-    if tree is None:
-        return ()
-    covering = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
-    functions = [n for n in covering if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    if not functions:
-        return ()
-    statement = min(covering, key=lambda n: ((n.end_lineno or n.lineno) - n.lineno, -n.lineno, -n.col_offset))
-    names = _self_attributes(statement)
-    used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
-    function = max(functions, key=lambda n: n.lineno)
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign):
-            targets = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-            if targets & used:
-                names += _self_attributes(node.value)
-    return tuple(dict.fromkeys(names))
-
-
-def _self_attributes(tree: ast.AST) -> list[str]:
-    return [
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"
-    ]

@@ -28,8 +28,8 @@ from tersenet.graph.labels import (
     spread,
     varying,
 )
-from tersenet.graph.mend import attributes_at
 from tersenet.graph.operators import MOVEMENT
+from tersenet.graph.statements import attributes_at
 from tersenet.graph.trace import Op, Ref
 
 _SPLITS = frozenset("split split_with_sizes chunk unbind".split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tersenet.graph import lookup
+from tersenet.graph.compare import first_difference
 from tersenet.graph.edits import Keep, Resize
 from tersenet.graph.labels import Labelling
-from tersenet.graph.mend import Fixed, Mend, Sizes, alike, first_difference, options
+from tersenet.graph.mend import Fixed, Mend, Sizes, alike, options
 from tersenet.graph.shrink import cuts
 from tersenet.graph.trace import Trace
 from tersenet.graph.undo import structure_of
@@ -30,6 +32,7 @@ def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace, found: 
     fixed = Fixed()
     smaller = _Smaller(model, example, trace)
     tried: dict[int, int] = {}
+    stuck: Counter[int] = Counter()
     pending: dict[int, list[Mend]] = {}
     for _ in range(MAX_TRIALS):
         units = fixed.units = build_units(found)
@@ -54,7 +57,8 @@ def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace, found: 
             pending[number] = [m for m in alike(trace, model, ways[tries], sizes) if m not in fixed.mends]
             fixed.mends += pending[number]
             continue
-        _stick(fixed, found, trace, number, why)
+        _stick(fixed, found, trace, number, why, stuck[number])
+        stuck[number] += 1
     fixed.units = None
     # What is left after so many lines would take too long: everything stays.
     for op in trace.ops:
@@ -63,8 +67,9 @@ def find_fixed(model: nn.Module, example: tuple[Any, ...], trace: Trace, found: 
     return fixed
 
 
-def _stick(fixed: Fixed, found: Labelling, trace: Trace, number: int, why: str) -> None:
-    """The channels at an operator, and at the same line in other modules, have to stay."""
+def _stick(fixed: Fixed, found: Labelling, trace: Trace, number: int, why: str, before: int) -> None:
+    """The channels at an operator, and at the same line in other modules, have to stay. `before`: how often that was
+    said already, and was not enough."""
     first = trace.ops[number]
     place = str(first.place)
     modules: set[str] = set()
@@ -76,9 +81,9 @@ def _stick(fixed: Fixed, found: Labelling, trace: Trace, number: int, why: str) 
             reason = f"numbers of channels are fixed in forward at {place or op.name} (aten.{op.name}: {why})"
             fixed.stuck[op.number] = reason
             found.freeze_around(op, reason)
-    # Not enough: the number comes from another tensor of the same module.
+    # The number comes from another tensor of the same module; or else from anywhere.
     for op in trace.ops if modules else []:
-        if op.place.module in modules or any(op.place.module.startswith(f"{m}.") for m in modules):
+        if before > 1 or op.place.module in modules or any(op.place.module.startswith(f"{m}.") for m in modules):
             fixed.stuck.setdefault(op.number, fixed.stuck[number])
             found.freeze_around(op, fixed.stuck[number])
 

@@ -20,14 +20,16 @@ _LEFT_ALONE = frozenset(vars(nn.Module())) - _TABLES
 
 
 def structure_of(model: nn.Module) -> Callable[[], None]:
-    """A function that gives every module the attributes, tensors and children that it has now, the very same objects,
-    and the dicts, lists and sets among them the entries that they have now: some networks keep there what they computed
-    in one pass for the next, such as a bias of all heads.
+    """A function that gives every module the class, attributes, tensors and children that it has now, the very same
+    objects, and the dicts, lists and sets among them the entries that they have now: some networks keep there what they
+    computed in one pass for the next, such as a bias of all heads.
 
     What is written into tensors in place is not undone.
     """
     saved: list[tuple[Any, Any]] = []
-    for module in named_modules(model).values():
+    modules = list(named_modules(model).values())
+    classes = list(map(type, modules))
+    for module in modules:
         own = module.__dict__
         saved.append((own, own.copy()))
         for name, value in own.items():
@@ -35,6 +37,10 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
                 saved.append((value, value.copy()))  # pyright: ignore
 
     def restore() -> None:
+        for module, cls in zip(modules, classes, strict=True):
+            # A ReLU that is left out changes it.
+            if type(module) is not cls:
+                module.__class__ = cls
         for held, before in saved:
             if held or before:
                 _put_back(held, before)

@@ -3,7 +3,9 @@
 A float32 is the sum of two bfloat16 numbers but for 2^-17 of it at most: x = high + low. A product is then
 high high + high low + low high, three of AMX's products of 16 pixels x 32 inputs x 16 outputs, summed in float32. AMX
 makes sixteen times as many products as the vector units, so that this is still five times faster than float32. The
-error of a sum is a few 10^-6 of its terms, between that of float32 and that of F(4x4, 3x3) in float32.
+error of a sum is a few 10^-6 of its terms, between that of float32 and that of F(4x4, 3x3) in float32. The tiles know
+no denormal numbers, so that numbers below 10^-34 lose their low parts. The low part of an infinity, and of what is
+beyond bfloat16's range (3.39 10^38), is NaN, and so are the sums that it goes into; no others.
 
 A block of pixels is split into V once. Stride 1: V is the padded image, and each tap of the kernel is another place in
 it, so nothing is copied twice; the products are made for the columns of padding too, and dropped. Else V is what the
@@ -29,7 +31,7 @@ from torch import Tensor
 from tersenet.kernels.amx_copy import copy_function
 from tersenet.kernels.blocks import TASK, own_scratch, vectors_of
 from tersenet.kernels.context import ContextReader
-from tersenet.kernels.epilogue import clamped, residual_added, silu
+from tersenet.kernels.epilogue import clamped, finished, residual_added
 from tersenet.kernels.host import Isa
 from tersenet.kernels.ir import Function, Module
 
@@ -211,13 +213,7 @@ def _careful(f: Function, isa: Isa, c: ContextReader, k: int, sums: str, bias: s
     with f.when(f.compare("sgt", "%channels", begin)):
         lanes = f.lanes(f.sub("%channels", begin))
         value = f.vadd(f.vload(f.offset(sums, k * GROUP * LINE), align=64), bias)
-        (value,) = residual_added(f, c, [value], [f.offset(r, begin)], [lanes])
-        (value,) = f.choose(
-            f.compare("ne", c["silu"], 0),
-            f.module.vector,
-            lambda: [silu(f, value)],
-            lambda: clamped(f, c, [value]),
-        )
+        (value,) = finished(f, c, [value], [f.offset(r, begin)], [lanes])
         f.vstore(value, f.offset(y, begin), lanes)
 
 

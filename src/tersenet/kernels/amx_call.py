@@ -13,7 +13,7 @@ from tersenet.errors import TersenetError
 from tersenet.kernels.amx import CHUNK, GROUP, LINE, TILE, Amx, in_tiles
 from tersenet.kernels.compiled import kernels
 from tersenet.kernels.context import FIELDS, Context
-from tersenet.kernels.gemm_call import Cut
+from tersenet.kernels.gemm_call import Cut, check_packable
 from tersenet.kernels.host import host
 from tersenet.kernels.memory import settled
 from tersenet.kernels.winograd import BITS, Call, Tables
@@ -62,12 +62,7 @@ def pack_amx(
         processor without AMX.
     """
     algorithm = Amx(host().amx(), half)
-    if weight.ndim != 4 or 0 in weight.shape or weight.dtype != torch.float32:
-        raise TersenetError(
-            f"weight (={weight.dtype} {tuple(weight.shape)}) must be float32 and of shape (C_out, C_in, kH, kW)"
-        )
-    if weight.device.type != "cpu":
-        raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
+    check_packable(weight, bias)
     outputs, inputs, high, wide = weight.shape
     if max(stride) > 1 and (max(dilation) > 1 or (groups > 1 and (high, wide) != (1, 1))):
         raise TersenetError(
@@ -76,9 +71,7 @@ def pack_amx(
         )
     if groups < 1 or outputs % groups:
         raise TersenetError(f"groups (={groups}) must be a divisor of the {outputs} output channels")
-    if bias is not None and bias.shape != (outputs,):
-        raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {outputs} channels")
-    added = torch.zeros(outputs) if bias is None else bias.detach()
+    added = torch.zeros(outputs) if bias is None else bias.detach().to(weight)
     empty = -(outputs // groups) % algorithm.isa.channels  # of each group's last block
     added = F.pad(added.unflatten(0, (groups, -1)), (0, empty)).flatten()
     plane = stride == (1, 1) and (max(*dilation, groups) > 1 or _fills_tiles(inputs, (high, wide)))
@@ -99,13 +92,14 @@ def _fills_tiles(channels: int, kernel: Pair) -> bool:
 
 
 def cut_of(pixels: int, halo: int, floats: int, weights: int, out_blocks: int, threads: int, l2_bytes: int) -> Cut:
-    """Blocks of equal size whose V, `floats` for each pixel, stays in the second-level cache.
+    """Blocks of equal size whose V, `floats` for each pixel, stays in the second-level cache. Where that is too small
+    for the `halo`, pixels that a block reads behind its own, it has as many of its own: else copies take the time.
 
     Threads share out what is larger, so that each reads little of it: the weights, so many for each output channel, or
     the pixels.
     """
     groups = -(-pixels // GROUP)
-    most = max(1, (int(_L2_SHARE * l2_bytes) // (4 * floats) - halo) // GROUP)
+    most = max(1, (int(_L2_SHARE * l2_bytes) // (4 * floats) - halo) // GROUP, halo // GROUP)
     blocks, steps = -(-groups // most), 1
     if threads > 1 and weights * out_blocks > floats * groups:
         steps = min(out_blocks, _UNITS_PER_THREAD * threads)

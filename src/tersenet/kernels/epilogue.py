@@ -41,6 +41,19 @@ def clamped(f: Function, c: ContextReader, values: list[str]) -> list[str]:
     return values
 
 
+def finished(
+    f: Function, c: ContextReader, values: list[str], places: Sequence[str], masks: Sequence[str]
+) -> list[str]:
+    """`values` plus the residual at `places`, in the lanes of `masks`, and then whatever activation the call has."""
+    values = residual_added(f, c, values, places, masks)
+    return f.choose(
+        f.compare("ne", c["silu"], 0),
+        f.module.vector,
+        lambda: [silu(f, value) for value in values],
+        lambda: clamped(f, c, values),
+    )
+
+
 def silu(f: Function, x: str) -> str:
     """x / (1 + exp(-x)). Below -87 the result is that of -87, -1.4e-36: beyond, exp would overflow."""
     v = f.module.vector

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tersenet.kernels.blocks import TASK, own_scratch, vectors_of
 from tersenet.kernels.context import ContextReader
-from tersenet.kernels.epilogue import clamped, residual_added, silu
+from tersenet.kernels.epilogue import clamped, finished, residual_added
 from tersenet.kernels.gemm_copy import copy_function
 from tersenet.kernels.host import Isa
 from tersenet.kernels.ir import Function, Module
@@ -136,7 +136,6 @@ def _finish(module: Module, isa: Isa) -> None:
         "ptr %context, ptr noalias %m, ptr noalias %bias, ptr %r, ptr %y, i64 %rows, i64 %channels",
     )
     c = ContextReader(f, "out_channels", "low", "high", "silu", "r")
-    is_silu = f.compare("ne", c["silu"], 0)
     columns = f.minimum(f.divmod(f.add("%channels", isa.width - 1), isa.width)[0], isa.columns)
     with f.loop(columns) as column:
         begin = f.mul(column.index, isa.width)
@@ -145,19 +144,7 @@ def _finish(module: Module, isa: Isa) -> None:
         with f.loop("%rows") as row:
             place = f.add(f.mul(row.index, c["out_channels"]), begin)
             sums = f.vload(f.offset("%m", f.add(f.mul(row.index, isa.channels), begin)), align=4 * isa.width)
-            value = f.vadd(sums, bias)
-            (value,) = f.choose(
-                f.op(f"icmp ne ptr {c['r']}, null"),
-                module.vector,
-                lambda value=value, place=place: [f.vadd(value, f.vload(f.offset("%r", place), lanes))],
-                lambda value=value: [value],
-            )
-            (value,) = f.choose(
-                is_silu,
-                module.vector,
-                lambda value=value: [silu(f, value)],
-                lambda value=value: clamped(f, c, [value]),
-            )
+            (value,) = finished(f, c, [f.vadd(sums, bias)], [f.offset("%r", place)], [lanes])
             f.vstore(value, f.offset("%y", place), lanes)
 
 

@@ -43,23 +43,28 @@ def pack_gemm(weight: Tensor, bias: Tensor | None = None, isa: str | None = None
     Raises: TersenetError for another shape, type or device, or an `isa` that this processor can't run.
     """
     algorithm = Gemm(host().isa(isa))
-    if weight.ndim != 4 or 0 in weight.shape or weight.dtype != torch.float32:
-        raise TersenetError(
-            f"weight (={weight.dtype} {tuple(weight.shape)}) must be float32 and of shape (C_out, C_in, kH, kW)"
-        )
-    if weight.device.type != "cpu":
-        raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
+    check_packable(weight, bias)
     outputs, inputs, high, wide = weight.shape
     block, floats = algorithm.isa.channels, wide * inputs
     padded = torch.zeros(-(-outputs // block) * block, high, -(-floats // QUAD) * QUAD)
     padded[:outputs, :, :floats] = weight.detach().permute(0, 2, 3, 1).flatten(2)
     added = torch.zeros(len(padded))
     if bias is not None:
-        if bias.shape != (outputs,):
-            raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {outputs} channels")
         added[:outputs] = bias.detach()
     packed = settled(padded.unflatten(0, (-1, block)).permute(0, 2, 3, 1))
     return PackedGemm(algorithm, Tables(packed, added), inputs, outputs, (high, wide))
+
+
+def check_packable(weight: Tensor, bias: Tensor | None) -> None:
+    """Raises: TersenetError for what is no weight (C_out, C_in, kH, kW) of a convolution, or no bias (C_out,) of it."""
+    if weight.ndim != 4 or 0 in weight.shape or weight.dtype != torch.float32:
+        raise TersenetError(
+            f"weight (={weight.dtype} {tuple(weight.shape)}) must be float32 and of shape (C_out, C_in, kH, kW)"
+        )
+    if weight.device.type != "cpu":
+        raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
+    if bias is not None and bias.shape != (len(weight),):
+        raise TersenetError(f"bias (={tuple(bias.shape)}) must have one value for each of {len(weight)} channels")
 
 
 @dataclass(frozen=True)

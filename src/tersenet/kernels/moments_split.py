@@ -114,7 +114,11 @@ def _split(module: Module) -> None:
         tops = [_larger(f, row.values[len(halves) + h], _size(f, away[h])) for h in halves]
         row.next([*(f.vadd(row.values[h], away[h]) for h in halves), *tops])
     rest = [f.vmul(row.values[h], reciprocal) for h in halves]
-    largest = [f.vadd(row.values[len(halves) + h], _size(f, rest[h])) for h in halves]
+    # Of a mean far larger than all deviations, rounding what is taken off moves them by up to some last places of it.
+    largest = [
+        f.vmuladd(_size(f, mean[h]), f.splat(2**-22), f.vadd(row.values[len(halves) + h], _size(f, rest[h])))
+        for h in halves
+    ]
     shifts = [_described(f, c, f.add(begin, h * LANES), mean[h], rest[h], largest[h]) for h in halves]
     size = f.mul(c["steps"], DIGITS * len(halves) * TILE)
     right, left = (f.offset(c[side], f.mul("%panel", size), "i8") for side in ("right", "left"))

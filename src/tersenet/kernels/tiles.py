@@ -7,12 +7,11 @@ two variants: `inner` for whole tiles and whole vectors, and `careful` for the r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 
 from tersenet.kernels.amx_copy import HALF, halves
 from tersenet.kernels.context import ContextReader
-from tersenet.kernels.epilogue import clamped, residual_added, silu
+from tersenet.kernels.epilogue import clamped, finished, residual_added
 from tersenet.kernels.ir import Function, Module
 from tersenet.kernels.linear import apply
 from tersenet.ops.cook_toom import Transforms
@@ -86,14 +85,10 @@ def output_transforms(module: Module, transforms: Transforms) -> None:
     lanes = f.lanes("%channels")
     masks = [f.masked(lanes, f.compare("sgt", "%columns", j)) for j in range(m)]
     bias, scale = f.vload("%bias"), f.vload(f.offset("%bias", c["bias_scale"]))
-    is_silu = f.compare("ne", c["silu"], 0)
     for i, values in enumerate(_output(f, transforms, c["m_tap"])):
         with f.when(f.compare("sgt", "%rows", i)):
             values = [f.vmuladd(value, scale, bias) for value in values]
-            values = residual_added(f, c, values, [_pixel(f, c, "r", i, j) for j in range(m)], masks)
-            values = f.choose(
-                is_silu, module.vector, partial(_each, partial(silu, f), values), partial(clamped, f, c, values)
-            )
+            values = finished(f, c, values, [_pixel(f, c, "r", i, j) for j in range(m)], masks)
             for j, value in enumerate(values):
                 f.vstore(value, _pixel(f, c, "y", i, j), masks[j])
 
@@ -142,7 +137,3 @@ def _pixel(f: Function, c: ContextReader, name: str, row: str | int, column: str
 def _inside(f: Function, place: str, size: str) -> str:
     """Whether a row or column is in the image."""
     return f.compare("ult", place, size)  # unsigned: what is negative is not inside either
-
-
-def _each(function: Callable[[str], str], values: list[str]) -> list[str]:
-    return [function(value) for value in values]

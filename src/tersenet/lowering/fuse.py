@@ -114,7 +114,8 @@ def _linear(made: fx.GraphModule, node: fx.Node) -> Callable[..., LinearLayer] |
         return None
     # Not copied: weights are large, and the kernels that keep one have their own.
     found = partial(LinearLayer, weight=weight, bias=bias)
-    fits = weight.dtype == torch.float32 and any(found(name="", activation="none").fits(choice) for choice in SPARSE)
+    is_known = weight.dtype == torch.float32 and weight.numel() > 0
+    fits = is_known and any(found(name="", activation="none").fits(choice) for choice in SPARSE)
     return found if fits else None
 
 

@@ -6,6 +6,7 @@ al., Spatial-Winograd pruning, arXiv 1901.02132; the gradual schedule: Zhu and G
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tersenet.graph.model import ModelGraph
+    from tersenet.graph.sparse_plan import SparsePlan
     from tersenet.nn.masked import MaskedWeight
 
 Density = Annotated[float, Field(gt=0, le=1)]
@@ -129,10 +131,9 @@ class SparseWinograd(TrainingMethod):
         return WinogradReLUSettings(tile=self.tile, points=self.points, relu=self.mode == "winograd_relu")
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
-        from tersenet.graph.edits import Sparsify
+        """Restores the network if anything fails."""
         from tersenet.graph.sparse_plan import sparse_plan
-        from tersenet.nn.masked import masked_layers
-        from tersenet.nn.winograd_relu import WinogradReLUConv2d
+        from tersenet.graph.undo import graph_state_of
 
         plan = sparse_plan(graph, self.mode, self.others, self.layer_settings, self.include, self.exclude, self.linear)
         densities = self.densities_of(plan.layers)
@@ -142,16 +143,12 @@ class SparseWinograd(TrainingMethod):
                 f"sparse_winograd has nothing to do ({plan.reasons() or 'no other convolution'})"
             )
         self._check_left(graph, densities)
-        for edit in plan.edits:
-            graph.apply(edit)
-        masked = masked_layers(graph.model)
-        for name in densities:
-            if name not in masked:
-                graph.apply(Sparsify(module=name))
-        for edit in plan.edits:
-            layer = graph.model.get_submodule(edit.module)
-            if isinstance(layer, WinogradReLUConv2d):
-                layer.reset(self.init)
+        undo = graph_state_of(graph)
+        try:
+            self._carry_out(graph, plan, densities)
+        except BaseException:
+            undo()
+            raise
         plan.linear = [name for name in plan.linear if name in densities]
         context.notes += plan.notes(_WHAT[self.mode])
 
@@ -181,6 +178,23 @@ class SparseWinograd(TrainingMethod):
             size = sum(layer.weight.numel() for layer in masked.values())
             each = ", ".join(f"{name} {layer.density:.4g}" for name, layer in masked.items())
             context.notes.append(f"{kept:,} of {size:,} weights are kept, density {kept / size:.4g}: {each}")
+
+    def _carry_out(self, graph: ModelGraph, plan: SparsePlan, densities: Iterable[str]) -> None:
+        from tersenet.graph.edits import Sparsify
+        from tersenet.nn.masked import masked_layers
+        from tersenet.nn.winograd_relu import WinogradReLUConv2d
+
+        for edit in plan.edits:
+            graph.apply(edit)
+        masked = masked_layers(graph.model)
+        for name in densities:
+            if name not in masked:
+                graph.apply(Sparsify(module=name))
+        # Last: a bias is still the convolution's own, and what is written into it would stay.
+        for edit in plan.edits:
+            layer = graph.model.get_submodule(edit.module)
+            if isinstance(layer, WinogradReLUConv2d):
+                layer.reset(self.init)
 
     def densities_of(self, layers: list[str]) -> dict[str, float]:
         """Layer -> its density in the end; those that stay dense are left out.

@@ -12,7 +12,6 @@ search starts from what there is without it, and is never worse on its own image
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -27,7 +26,7 @@ from tersenet.calibration.allocation import uniform_within
 from tersenet.calibration.items import Costs, Counts, Item, find_items
 from tersenet.data.bundle import Data
 from tersenet.environment import environment
-from tersenet.errors import TersenetError
+from tersenet.errors import NotFiniteError
 from tersenet.graph.budget import Rounding
 from tersenet.graph.model import ModelGraph
 from tersenet.graph.select import left_whole, select_groups
@@ -36,6 +35,7 @@ from tersenet.results import Accuracy
 from tersenet.search.amc_agent import Agent
 from tersenet.search.amc_environment import STATES, States, Wall, features
 from tersenet.search.amc_pruning import Pruning, pruning
+from tersenet.search.amc_rewards import below, rank, reward_of, shown
 from tersenet.search.amc_settings import AmcResult, AmcSettings, Episode, Kind, LayerChoice, Reward
 from tersenet.search.images import Images, choose
 from tersenet.search.latency_costs import LatencyCosts
@@ -65,6 +65,7 @@ def search(
     Raises:
         TersenetError: settings that fit neither network nor data, a budget out of reach, or another search in `out`.
             Nothing was evaluated or written then.
+        NotFiniteError: the network's own loss or metric is not finite, or that of every episode.
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -92,7 +93,7 @@ def search(
         macs=graph.macs(),
         params=graph.params(),
         limit=trials.limit,
-        baseline=trials.evaluate(),
+        baseline=trials.baseline,
         best=best,
         layers=choices,
         rates=_rates(graph, choices),
@@ -141,30 +142,42 @@ class Trials:
         """Go on behind the episodes that `folder` knows; the number of the best one."""
         agent = Agent(STATES, self.settings.warmup, self.settings.seed)
         best, of = 0, self.settings.episodes
+        # Before all episodes: if this is not finite, none of them is worth its time.
+        whole = reward_of(self.settings.reward, self.baseline, self.graph.macs(), self.graph.params())
         self._tell("start", folder.rows, best)
         for number in range(of):
             if number >= len(folder.rows):
                 began = time.monotonic()
-                folder.add(self._episode(agent, number, folder.rows))
+                folder.add(self._episode(agent, number, folder.rows, whole))
                 self._seconds.append(time.monotonic() - began)
             row = folder.rows[number]
-            if row.kind == "measured":
+            if row.kind == "measured" and row.accuracy is not None:
                 self.wall.centre_on(row.counts)
                 agent.near = True
-            best = max(best, number, key=lambda place: (folder.rows[place].reward, -place))
+            best = max(best, number, key=lambda place: (*rank(folder.rows[place]), -place))
             states = [self.states.before(row.counts[:step]) for step in range(len(self.items))]
             actions = [self.wall.action(row.counts[: step + 1]) for step in range(len(self.items))]
             agent.learn(torch.stack(states), actions, row.reward, number)
             if number == len(folder.rows) - 1:
                 self._tell("episode", folder.rows, best)
+        if folder.rows[best].accuracy is None:
+            raise NotFiniteError(
+                f"none of {of} episodes says how good its network is. The first: {folder.rows[best].problem}. "
+                "Choose a larger target or lowest"
+            )
         return best
+
+    @cached_property
+    def baseline(self) -> Accuracy:
+        """Of the network as it was given."""
+        return self.evaluate()
 
     def evaluate(self) -> Accuracy:
         """The network as it is."""
         model = self.graph.model
         return evaluate(model, self.images, device=self.device, loss=self.data.loss, metric=self.data.metric)
 
-    def _episode(self, agent: Agent, number: int, known: Sequence[Episode]) -> Episode:
+    def _episode(self, agent: Agent, number: int, known: Sequence[Episode], whole: float) -> Episode:
         kind, start = self._start(number)
         shares = [start[item.name] / item.size for item in self.items] if start is not None else None
 
@@ -179,13 +192,23 @@ class Trials:
         cost, macs, params = self._budgeted(left), self.costs["macs"](left), self.costs["params"](left)
         # Towards the end the noise is gone, and the actor does the same again and again.
         same = next((row for row in known if row.counts == counts), None)
-        if same is None:
-            with self.pruning.pruned({item.name: count for item, count in zip(self.items, counts, strict=True)}):
-                accuracy = self.evaluate()
+        accuracy, problem = self._pruned(counts) if same is None else (same.accuracy, same.problem)
+        if accuracy is None:
+            reward = below([whole, *(row.reward for row in known if row.accuracy is not None)])
         else:
-            accuracy = same.accuracy
-        reward = reward_of(self.settings.reward, accuracy, macs, params)
-        return Episode(kind=kind, counts=counts, cost=cost, macs=macs, params=params, accuracy=accuracy, reward=reward)
+            reward = reward_of(self.settings.reward, accuracy, macs, params)
+        return Episode(
+            kind=kind, counts=counts, cost=cost, macs=macs, params=params, accuracy=accuracy, reward=reward,
+            problem=problem,
+        )  # fmt: skip
+
+    def _pruned(self, counts: Sequence[int]) -> tuple[Accuracy | None, str | None]:
+        """The accuracy with so many units left of every item; where it is not finite none, and why."""
+        with self.pruning.pruned({item.name: count for item, count in zip(self.items, counts, strict=True)}):
+            try:
+                return self.evaluate(), None
+            except NotFiniteError as error:
+                return None, str(error)
 
     def _start(self, number: int) -> tuple[Kind, Counts | None]:
         """What an episode is, and its shares where the agent does not decide them."""
@@ -203,34 +226,10 @@ class Trials:
         told: dict[str, Any] = {"event": event, "done": done, "of": of, "layers": len(self.items)}
         told["eta_seconds"] = (of - done) * sum(self._seconds) / len(self._seconds) if self._seconds else None
         if rows:
-            told |= {"kind": rows[-1].kind, "value": value_of(rows[-1].accuracy), "macs": rows[-1].macs}
-            told |= {"best": value_of(rows[best].accuracy), "best_macs": rows[best].macs, "images": self.images.n}
+            last, top = rows[-1], rows[best]
+            told |= {"kind": last.kind, "value": shown(last), "macs": last.macs, "problem": last.problem}
+            told |= {"best": shown(top), "best_macs": top.macs, "images": self.images.n}
         self.on_event(told)
-
-
-def value_of(accuracy: Accuracy) -> float:
-    """top-1; the user's own metric where there is none, or less the loss.
-
-    Raises:
-        TersenetError: none of them is known.
-    """
-    for value in (accuracy.top1, accuracy.metric, None if accuracy.loss is None else -accuracy.loss):
-        if value is not None:
-            return value
-    raise TersenetError("the data have neither classes, a metric nor a loss, so that no pruning is better than another")
-
-
-def reward_of(reward: Reward, accuracy: Accuracy, macs: int, params: int) -> float:
-    """Source: AMC, section 3.3: the accuracy under a budget; otherwise -error ln(MACs), or with parameters.
-
-    Raises:
-        TersenetError: an error is asked for where there are no classes.
-    """
-    if reward == "accuracy":
-        return value_of(accuracy)
-    if accuracy.top1 is None:
-        raise TersenetError(f"the reward {reward} is made of the top-1 error: these data have no classes. Use accuracy")
-    return -(1 - accuracy.top1) * math.log(max(macs if reward == "macs" else params, 1))
 
 
 def _weighed(reward: Reward) -> str:

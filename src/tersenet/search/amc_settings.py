@@ -125,15 +125,19 @@ class _Record(BaseModel):
 
 
 class Episode(_Record):
-    """One pruning of the whole network. `counts` are the channels left, in the order of the layers."""
+    """One pruning of the whole network. `counts` are the channels left, in the order of the layers.
+
+    A network whose loss or metric is not finite has no `accuracy`, and a `problem`: it is never the best one.
+    """
 
     kind: Kind
     counts: list[int]
     cost: int = Field(description="in the budget's unit: MACs, parameters or microseconds")
     macs: int
     params: int
-    accuracy: Accuracy
+    accuracy: Accuracy | None
     reward: float
+    problem: str | None = None
 
 
 class LayerChoice(_Record):
@@ -170,6 +174,12 @@ class AmcResult(_Record):
     def chosen(self) -> Episode:
         """The best episode."""
         return self.episodes[self.best]
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """That of the best episode, on the images that it was chosen by."""
+        assert self.chosen.accuracy is not None
+        return self.chosen.accuracy
 
     def first(self, kind: Kind) -> Episode | None:
         """The even shares or the measured ones that the search started from, where it had them."""

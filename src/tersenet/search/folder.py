@@ -25,7 +25,7 @@ class Row(BaseModel):
 
     layer: str | None
     rate: float
-    accuracy: Accuracy
+    accuracy: Accuracy | None
 
 
 class Folder:
@@ -35,8 +35,8 @@ class Folder:
         self._lines = Lines(path, _NAMES, Row, request, fresh=fresh)
         self.known = {(row.layer, row.rate): row.accuracy for row in self._lines.rows}
 
-    def add(self, layer: str | None, rate: float, accuracy: Accuracy) -> None:
-        """Keep one point.
+    def add(self, layer: str | None, rate: float, accuracy: Accuracy | None) -> None:
+        """Keep one point; without an accuracy, one whose loss or metric was not finite.
 
         Raises:
             TersenetError: a full disk, or a folder that can't be written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import yaml
@@ -36,7 +37,8 @@ def _table(result: Sensitivity) -> str:
     rates = words.rate_heads([point.rate for point in first.points])
     heads = ["Channels", "MACs", *rates, *(["1 point"] if result.score == "top1" else [])]
     cells = "".join(f'<th class="right">{head}</th>' for head in heads)
-    most = max(1e-12, *(result.drop(point) for layer in result.layers for point in layer.points))
+    drops = [result.drop(point) for layer in result.layers for point in layer.points]
+    most = max(1e-12, *filter(math.isfinite, drops))
     rows = "".join(_row(result, layer, most) for layer in result.layers)
     unit = "top-1 in points" if result.score == "top1" else result.score
     last = " The last column is the largest rate up to which no more than one point is lost." * (result.score == "top1")
@@ -61,7 +63,7 @@ def _row(result: Sensitivity, layer: LayerCurve, most: float) -> str:
 
 
 def _cell(result: Sensitivity, layer: LayerCurve, point: Point, most: float) -> str:
-    shade = share_width(0.55 * max(0.0, result.drop(point)) / most)
+    shade = share_width(0.55 * min(1.0, max(0.0, result.drop(point)) / most))
     saved = 100 * (1 - point.macs / result.macs) if result.macs else 0.0
     tip = f"{point.removed} of {layer.channels} channels, {saved:.1f} % of the MACs"
     return (

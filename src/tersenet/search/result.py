@@ -5,6 +5,7 @@ Units: rates and shares are fractions in 0..1, MACs are counts for one sample.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,7 +27,7 @@ class Point(_Record):
     rate: float
     removed: int = Field(description="channels set to zero")
     macs: int = Field(description="of the whole network without these channels")
-    accuracy: Accuracy
+    accuracy: Accuracy | None = Field(description="none where the loss or the metric was not finite")
 
 
 class LayerCurve(_Record):
@@ -71,7 +72,10 @@ class Sensitivity(_Record):
         return float(found)
 
     def drop(self, point: Point) -> float:
-        """What a point loses: top-1 (a fraction) or metric less than the whole network's, or loss more than it."""
+        """What a point loses: top-1 (a fraction) or metric less than the whole network's, or loss more than it.
+        Everything, infinity, where that was not finite."""
+        if point.accuracy is None:
+            return math.inf
         lost = self.value(self.baseline) - self.value(point.accuracy)
         return -lost if self.score == "loss" else lost
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tersenet.data.bundle import Data
 from tersenet.environment import environment
-from tersenet.errors import TersenetError
+from tersenet.errors import NotFiniteError
 from tersenet.graph.budget import Rounding, kept_at, rank_locally
 from tersenet.graph.compact import mask, silence
 from tersenet.graph.model import Kept, ModelGraph
@@ -81,7 +81,7 @@ def analyse(
         baseline=baseline,
         layers=layers,
         skipped=left_whole(graph, groups),
-        notes=[*notes, *_remarks(graph, groups, images, baseline)],
+        notes=[*notes, *_remarks(graph, groups, images, baseline), *_lost(layers)],
         environment=environment(str(device)),
         command=command,
     )
@@ -118,26 +118,26 @@ class Sweep:
         curves: list[LayerCurve] = []
         for group in self.groups:
             # Small layers lose as many channels at one rate as at the next.
-            seen = {group.size: baseline}
+            seen: dict[int, Accuracy | None] = {group.size: baseline}
             points: list[Point] = []
             for rate in self.rates:
                 kept = kept_at(rank_locally({group.name: self.scores[group.name]}), rate, Rounding())
                 left = len(kept[group.name])
-                accuracy = self.folder.known.get((group.name, rate))
-                if accuracy is None:
-                    accuracy = seen[left] if left in seen else self._masked(group, rate, kept)
+                if (group.name, rate) not in self.folder.known:
+                    accuracy, problem = (seen[left], None) if left in seen else self._masked(group, kept)
                     self.folder.add(group.name, rate, accuracy)
                     done += 1
                     point = {
                         "layer": group.name,
                         "rate": rate,
-                        **accuracy.model_dump(),
+                        **(accuracy.model_dump() if accuracy is not None else {}),
+                        "problem": problem,
                         "done": done,
                         "of": total,
                         "last": rate == self.rates[-1],
                     }
                     self.on_event({"event": "point", **point, "eta_seconds": self._eta(total - done)})
-                seen[left] = accuracy
+                accuracy = seen[left] = self.folder.known[group.name, rate]
                 points.append(
                     Point(rate=rate, removed=group.size - left, macs=self.graph.macs(kept), accuracy=accuracy)
                 )
@@ -152,12 +152,13 @@ class Sweep:
             )
         return baseline, curves
 
-    def _masked(self, group: ChannelGroup, rate: float, kept: Kept) -> Accuracy:
+    def _masked(self, group: ChannelGroup, kept: Kept) -> tuple[Accuracy | None, str | None]:
+        """The accuracy without some channels; where it is not finite none, and why."""
         with masked(self.graph, group, kept):
             try:
-                return self._evaluate()
-            except TersenetError as error:
-                raise TersenetError(f"{group.name} at rate {rate}: {error}. Leave it out (exclude)") from error
+                return self._evaluate(), None
+            except NotFiniteError as error:
+                return None, str(error)
 
     def _evaluate(self) -> Accuracy:
         began = time.monotonic()
@@ -200,6 +201,11 @@ def _scores(
     method = Magnitude.model_validate({"score": settings.importance, "batches": settings.batches})
     context = Context(device=device, seed=settings.seed, data=data)
     return method.scores(graph, groups, context), context.notes
+
+
+def _lost(layers: list[LayerCurve]) -> list[str]:
+    names = [f"{layer.name} at {point.rate:g}" for layer in layers for point in layer.points if point.accuracy is None]
+    return [f"loss or metric not finite, which counts as all lost: {', '.join(names)}"] if names else []
 
 
 def _remarks(graph: ModelGraph, groups: list[ChannelGroup], images: Images, baseline: Accuracy) -> list[str]:

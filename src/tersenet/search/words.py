@@ -26,7 +26,9 @@ def baseline(result: Sensitivity) -> str:
 
 
 def change(result: Sensitivity, point: Point) -> str:
-    """What the score does at a point: `-3.2` points of top-1, or the difference of metric or loss."""
+    """What the score does at a point: `-3.2` points of top-1, or the difference of metric or loss; or `NaN`."""
+    if point.accuracy is None:
+        return "NaN"
     drop = result.drop(point)
     moved = drop if result.score == "loss" else -drop
     text = f"{100 * moved:+.1f}" if result.score == "top1" else f"{moved:+.3g}"
@@ -51,5 +53,7 @@ def headline(result: Sensitivity) -> str:
 
 
 def _says(result: Sensitivity, layer: LayerCurve, at: int) -> str:
+    if layer.points[at].accuracy is None:
+        return f"{f.clean(layer.name)} leaves outputs that are not finite"
     moved = change(result, layer.points[at])
     return f"{f.clean(layer.name)} costs {'nothing' if moved == '0' else f'{moved} {unit(result)}'}"

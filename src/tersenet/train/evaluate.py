@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.data.bundle import first_tensor
-from tersenet.errors import TersenetError
+from tersenet.errors import NotFiniteError, TersenetError
 from tersenet.results import Accuracy
 from tersenet.train import distributed
 from tersenet.train.batch import correct, cross_entropy, forward, is_classification, move
@@ -35,7 +35,8 @@ def evaluate(
     shares, equal on all of them.
 
     Raises:
-        TersenetError: no samples, a mean loss that is not finite, or a metric of another shape.
+        TersenetError: no samples, or a metric of another shape.
+        NotFiniteError: a mean loss or metric that is NaN or infinite.
     """
     device = torch.device(device)
     model.to(device)
@@ -94,7 +95,7 @@ def _accuracy(totals: list[float], has_metric: bool) -> Accuracy:
     score = totals[6] / n if has_metric else None
     for name, value in (("loss", loss), ("metric", score)):
         if value is not None and not math.isfinite(value):
-            raise TersenetError(f"the mean {name} over {n} samples is {value}: the network's outputs are not finite")
+            raise NotFiniteError(f"the mean {name} over {n} samples is {value}: the network's outputs are not finite")
     right = int(totals[2]) if totals[1] == n else None
     low, high = wilson(right, n) if right is not None else (None, None)
     return Accuracy(
