@@ -39,8 +39,8 @@ from tersenet.kernels.moments_split import (
 MOMENT_TASKS = ("run_split", "run_products")
 GROUP = 4  # panels that stay in the second-level cache while others pass by
 SEGMENT = 20  # panels that pass by in one unit of work
-# Parts of a block's rows: a part's digits of both sides stay in the first-level cache for the passes that follow, which
-# are 2.5 times as fast from there. More parts than needed would store and load the sums more often.
+# Parts of a block's rows: a part's digits of both sides stay in the first-level cache for the passes that follow. More
+# parts than needed would store and load the sums more often.
 _PARTS = 4
 # Digits of the right side for each sum of products.
 _PASSES = ((0,), (1, 0), (1, 0, 2))
