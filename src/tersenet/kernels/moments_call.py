@@ -54,7 +54,7 @@ class _Scratch:
 
 
 _spare: list[_Scratch] = []
-"""Of the layer before, at most one: memory that is new to the process costs as much as splitting the rows."""
+"""Of the layer before, at most one: the system has to zero memory that is new to the process."""
 
 
 def _taken(width: int) -> _Scratch | None:
