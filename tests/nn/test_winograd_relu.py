@@ -17,8 +17,9 @@ from tersenet.nn.masked import MaskedConv2d, masked_layers
 from tersenet.nn.skip_relu import skip_relu
 from tersenet.nn.winograd_relu import WinogradReLUConv2d, hindrance
 from tersenet.nn.winograd_relu_settings import Init, WinogradReLUSettings
-from tersenet.ops import winograd_relu
 from tersenet.ops.winograd import kronecker
+from tersenet.ops.winograd_passes import Passes
+from tersenet.ops.winograd_relu import Activation
 
 LINEAR = WinogradReLUSettings(relu=False)
 
@@ -108,7 +109,7 @@ def test_fact_s2_gradcheck(tile: int, relu: bool, share: float) -> None:
 
 def test_fact_s3_layout() -> None:
     made, x = layer(3, 4), noise(2, 3, 5, 7)
-    v = made.transformed(x, winograd_relu.Activation(False)).view(16, 2, 3, 4, 3)
+    v = made.transformed(x, Activation(False)).view(16, 2, 3, 4, 3)
     _, _, bt = made.transforms(torch.float64)
     corner = F.pad(x, (1, 0, 1, 0))[:, :, :4, :4]
     assert torch.equal(bt, torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]).double())
@@ -121,7 +122,7 @@ def test_fact_s3_layout() -> None:
 def test_fact_s4_the_relu_is_another_one_and_half_of_it_is_zero() -> None:
     made, x = layer(8, 4), noise(4, 8, 32, 32)
     here = made.transformed(x)
-    native = made.transformed(x, winograd_relu.Activation(True, 1.0))
+    native = made.transformed(x, Activation(True, 1.0))
     assert not torch.allclose(here, native)
     assert here.ne(0).double().mean() == pytest.approx(0.5, abs=0.01)
     assert native.ne(0).double().mean() > 0.9
@@ -164,7 +165,7 @@ def test_with_the_whole_share_it_is_relu_and_convolution(tile: int) -> None:
 def test_images_a_few_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[Tensor, ...]] = []
     for cached in (1, 2**40):
-        monkeypatch.setattr(winograd_relu, "_CACHED", cached)
+        monkeypatch.setattr(Passes, "cached", cached)
         made, x = layer(), noise(5, 3, 6, 6).requires_grad_()
         y = made(x)
         y.square().sum().backward()

@@ -21,8 +21,9 @@ from tersenet.kernels.moments import MOMENT_TASKS, MomentKernel, generate_moment
 from tersenet.kernels.pool import POOL_TASKS, Pool, generate_pool
 from tersenet.kernels.sparse_linear import LINEAR_TASKS, SparseLinear, generate_linear
 from tersenet.kernels.threads import Task
+from tersenet.kernels.tile_passes import TILE_TASKS, TilePass, generate_tiles
 
-Code = Algorithm | Gemm | Amx | MomentKernel | Pool | SparseLinear
+Code = Algorithm | Gemm | Amx | MomentKernel | Pool | SparseLinear | TilePass
 
 _lock = threading.Lock()
 _loaded: dict[Code, Kernels] = {}
@@ -86,6 +87,8 @@ def _code(algorithm: Code) -> tuple[Callable[[], str], tuple[str, ...]]:
         return partial(generate_pool, algorithm), POOL_TASKS
     if isinstance(algorithm, SparseLinear):
         return partial(generate_linear, algorithm), LINEAR_TASKS
+    if isinstance(algorithm, TilePass):
+        return partial(generate_tiles, algorithm), TILE_TASKS
     return partial(generate, algorithm), TASKS
 
 

@@ -90,6 +90,12 @@ class Vectors(ABC):
         below = self.op(f"fcmp olt {v} {a}, zeroinitializer")
         return self.op(f"select <{self.module.width} x i1> {below}, {v} zeroinitializer, {v} {a}")
 
+    def vgated(self, a: str, gate: str) -> str:
+        """`a`, but zero where the gate is zero or below."""
+        v = self.module.vector
+        shut = self.op(f"fcmp ole {v} {gate}, zeroinitializer")
+        return self.op(f"select <{self.module.width} x i1> {shut}, {v} zeroinitializer, {v} {a}")
+
     def vlarger(self, a: str, b: str) -> str:
         """max(a, b); what is not a number is larger than all."""
         v, mask = self.module.vector, f"<{self.module.width} x i1>"

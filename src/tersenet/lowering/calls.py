@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode as _mode  # pyright: ignore[reportPrivateUsage]
+
+from tersenet.kernels.observed import observed
 
 
 def watched(x: Tensor) -> bool:
     """Whether somebody looks at operators, or `x` is no plain tensor: then it has to be an operator of torch."""
-    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or _mode() is not None
-    return watched or type(x) is not Tensor
+    return torch.is_grad_enabled() or observed(x)
 
 
 def key_of(x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:

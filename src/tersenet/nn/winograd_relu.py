@@ -128,7 +128,8 @@ class WinogradReLUConv2d(MaskedWeight):
         # Half precision would cost F(4, 3) two digits.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             aa, bb = self._matrices(x)
-            return winograd_relu_conv2d(x, self.weight, self.mask, self.bias, aa, bb, self.geometry, self.activation)
+            what = (self.geometry, self.activation, self.transforms.exact)
+            return winograd_relu_conv2d(x, self.weight, self.mask, self.bias, aa, bb, *what)
 
     @property
     def activation(self) -> Activation:
