@@ -118,7 +118,7 @@ def trained(
     if start is not None:
         # Its masks keep everything.
         model.load_state_dict({name: value for name, value in start.state_dict().items() if not name.endswith(".mask")})
-    _without_dropout(model)
+    without_dropout(model)
     graph = ModelGraph(model, example_of(model, batch=2))
     method = SparseWinograd(fit=settings, **FORMS[form])
     context = Context(CPU, seed, data=data)
@@ -132,7 +132,7 @@ def trained(
 
 def pruned(model: nn.Module, form: str, density: float, seed: int, data: Data, checkpoint: Path) -> nn.Module:
     """The network pruned to `density` and trained again, in place; at density 1 trained only."""
-    _without_dropout(model)
+    without_dropout(model)
     teacher = copy.deepcopy(model)
     graph = ModelGraph(model, example_of(model, batch=2))
     context = Context(CPU, seed, data=data)
@@ -286,7 +286,7 @@ def outside_filters(model: nn.Module) -> float | None:
     return 1 - inside / whole if whole else None
 
 
-def _without_dropout(model: nn.Module) -> None:
+def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

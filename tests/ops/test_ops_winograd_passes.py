@@ -86,11 +86,12 @@ def test_any_shape(
 
 @pytest.mark.parametrize(("relu", "share"), [(True, 0.0), (True, 0.3), (True, 1.0), (False, 0.0)])
 @pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("cached", [2**14, 2**30])
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_the_layer_and_its_gradients(
-    relu: bool, share: float, tile: int, nhwc: bool, monkeypatch: pytest.MonkeyPatch
+    relu: bool, share: float, tile: int, nhwc: bool, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GeneratedPasses, "cached", 2**14)  # several parts
+    monkeypatch.setattr(GeneratedPasses, "cached", cached)  # several parts, or one
     torch.manual_seed(0)
     layer = WinogradReLUConv2d(20, 24, 3, 1, True, WinogradReLUSettings(tile=tile, relu=relu))
     layer.spatial_share = share
@@ -104,6 +105,7 @@ def test_the_layer_and_its_gradients(
         images = x.to(dtype, copy=True, memory_format=order).requires_grad_()
         y = layer(images)
         assert y.is_contiguous(memory_format=order)
+        assert not y._is_view()  # in-place operators would be refused
         y.backward(dy.to(dtype))
         assert images.grad is not None
         assert layer.weight.grad is not None

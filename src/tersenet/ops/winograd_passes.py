@@ -133,7 +133,9 @@ class GeneratedPasses(Passes):
 
     def image(self, product: Tensor, size: tuple[int, int, int], nhwc: bool) -> Tensor:
         n, h, w = size
-        y = product.new_empty(n, self.geometry.out(h, 0), self.geometry.out(w, 1), product.shape[2]).permute(0, 3, 1, 2)
+        shape = (n, product.shape[2], self.geometry.out(h, 0), self.geometry.out(w, 1))
+        # No view: autograd forbids in-place operators, such as a ReLU's, on views that a function of ours returns.
+        y = torch.empty(shape, memory_format=torch.channels_last)
         tile_pass(self._code("scatter", self._at), y, product, (0, 0), self.tiles(h, w))
         return y
 
