@@ -7,7 +7,8 @@ from as far as in a network; times are a third of that. Contenders run in turns,
 timed one, so that it is one of many; `first_ms` is a single pass straight behind another contender's, of whose memory
 the second-level cache is full. They are `eager`, which packs its weight anew in
 every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx`, `F2 amx` and `F4 amx` where the
-processor has it; `direct bf16` and `amx half` are bfloat16, and compared with each other only. On one thread processor
+processor has it; `direct bf16` and `amx half` are bfloat16, between layers too, and compared with each other
+only. On one thread processor
 time counts, else wall time. `gflops` counts the direct convolution's operations for every contender, and `error` is the
 relative L2 distance of the third layer's result from float64.
 
@@ -34,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tersenet.environment import environment, installed
-from tersenet.lowering.layers import Layer, has_amx
+from tersenet.lowering.halves import HalfModule
+from tersenet.lowering.layers import AMX_HALF, Layer, has_amx
 from tersenet.lowering.modules import build
 from tersenet.measuring.turns import in_turns, warm_in_turns
 
@@ -95,7 +97,13 @@ def measured(images: int, channels: int, side: int, rounds: int) -> dict[str, An
             exact = F.conv2d(exact, layer.weight.double(), layer.bias.double(), padding=1).relu_()
         runners: dict[str, Callable[[], Tensor]] = {}
         for name, choice in {**CHOICES, **({one: one for one in ON_AMX} if has_amx() else {})}.items():
-            if name == "direct bf16":
+            if choice == AMX_HALF:
+                halves = [build(layer, choice, size) for layer in layers]
+                for module in halves:
+                    assert isinstance(module, HalfModule)
+                    module.narrow = True
+                runners[name] = chain(halves, x.bfloat16())
+            elif name == "direct bf16":
                 rounded = [replace(layer, weight=layer.weight.bfloat16()) for layer in layers]
                 runners[name] = chain([build(layer, "direct", size) for layer in rounded], x.bfloat16())
             else:

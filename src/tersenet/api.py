@@ -21,7 +21,7 @@ from tersenet.exporting import artifact
 from tersenet.exporting.onnx import export_onnx
 from tersenet.exporting.program import export_program
 from tersenet.graph.copies import copied
-from tersenet.graph.model import random_like
+from tersenet.graph.example import random_like
 from tersenet.graph.record import InputSpec, input_of, record_of
 from tersenet.measuring.layer_latency import LatencyTable
 from tersenet.measuring.measure import measure as measure_network

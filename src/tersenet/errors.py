@@ -34,3 +34,8 @@ class GraphError(TersenetError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The up to `count` known names most like `name`, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def first_line(error: Exception) -> str:
+    """What goes into a message of one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

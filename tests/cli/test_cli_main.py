@@ -174,6 +174,18 @@ def test_doctor_says_which_kernels_run_and_why_others_do_not(cli: Cli, monkeypat
     assert "none: there are no generated kernels for this processor (riscv64, strange)" in text
 
 
+def test_doctor_says_whether_triton_kernels_run(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing ones are no problem: nothing needs them."""
+    monkeypatch.setattr("tersenet.kernels.gpu.host.problem", lambda: "there is no GPU")
+    assert json.loads(cli("doctor", "--json")[1])["torch"]["triton"]["missing"] == "there is no GPU"
+    code, text, _ = cli("doctor")
+    assert "gpu kernels" in text
+    assert "none: there is no GPU" in text
+    monkeypatch.setattr("tersenet.kernels.gpu.host.problem", lambda: None)
+    monkeypatch.setattr("tersenet.environment.version", lambda package: "3.9.0")
+    assert (cli("doctor")[0], "F2, F4, F6 by Triton 3.9.0" in cli("doctor")[1]) == (code, True)
+
+
 def test_doctor_names_what_is_missing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["no-such-package>=1.2", "numpy>=9999.1", "pytest>=1; extra == 'dev'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: wanted)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tersenet.errors import GraphError
 from tersenet.graph.choices import Choices
 from tersenet.graph.compact import compact
-from tersenet.graph.model import ModelGraph, random_like
+from tersenet.graph.example import random_like
+from tersenet.graph.model import ModelGraph
 from tersenet.graph.trace import running, tensors_in, trace
 
 

@@ -40,12 +40,11 @@ def run(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
-    half: bool = False,
     threads: int = 1,
     cut: Cut | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    packed = pack_amx(weight, bias, stride, dilation, groups, half)
+    packed = pack_amx(weight, bias, stride, dilation, groups)
     moves = (packed.plane, dilation, groups, packed.kernel, stride, padding)
     call = amx_call(packed.algorithm, tuple(x.shape), x.stride(), *moves, len(weight), activation, threads, cut)
     return call.run(x, packed.tables, residual, out)
@@ -120,37 +119,12 @@ def test_groups_of_channels(
     stride = 1 if size == 3 else stride
     x, weight, b = case(7, n, groups * c, side, side, groups * k, (size, size))
     weight = weight[:, :c]
-    pads = (size // 2,) * 2
+    pads = (size // 2, size // 2)
     moves = ((stride, stride), pads, (1, 1), groups)
     expected = F.conv2d(x.double(), weight.double(), b.double(), *moves).relu()
     found = run(x, weight, b, None, (stride, stride), "relu", pads, groups=groups, threads=threads)
     size_of = F.conv2d(x.double().abs(), weight.double().abs(), b.double().abs(), *moves).norm()
     assert float((found - expected).norm()) <= ERROR * float(size_of)
-
-
-@needs_amx
-@settings(max_examples=30, deadline=None)
-@given(
-    c=st.integers(1, 100),
-    k=st.integers(1, 70),
-    side=st.integers(3, 12),
-    size=st.integers(1, 3),
-    stride=st.integers(1, 2),
-    groups=st.integers(1, 2),
-)
-def test_half_is_the_convolution_of_rounded_numbers(
-    c: int, k: int, side: int, size: int, stride: int, groups: int
-) -> None:
-    groups = 1 if size > 1 and stride > 1 else groups
-    x, weight, b = case(10, 2, groups * c, side, side, groups * k, (size, size))
-    weight = weight[:, :c]
-    rounded = [one.bfloat16().double() for one in (x, weight)]
-    moves = ((stride, stride), (1, 1), (1, 1), groups)
-    found = run(x, weight, b, None, (stride, stride), padding=(1, 1), groups=groups, half=True)
-    expected = F.conv2d(*rounded, b.double(), *moves)
-    assert float((found - expected).norm()) <= 1e-6 * float(
-        F.conv2d(*(one.abs() for one in rounded), None, *moves).norm() + b.norm()
-    )
 
 
 @needs_amx

@@ -47,6 +47,19 @@ def test_a_runtime_computes_the_same(peer: str, packages: list[str]) -> None:
     assert found.timings[peer].error < 1e-5
 
 
+@pytest.mark.parametrize(("peer", "packages"), [("eager", []), ("openvino", ["onnxscript", "openvino"])])
+def test_bfloat16_on_both_sides(peer: str, packages: list[str]) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 4))
+    found, _ = bench(model, (torch.randn(2, 3, 9, 9),), peers=(peer, "onnxruntime"), rounds=1, half=True)
+    assert found.half
+    assert "bfloat16" in found.missing["onnxruntime"]
+    assert found.timings[peer].error < 2e-2
+    if peer == "eager":
+        assert found.timings[peer].error > 1e-4
+
+
 def test_a_runtime_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> Runner:
         raise RuntimeError("no such device\nmore")

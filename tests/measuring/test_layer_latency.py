@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import tersenet
+from tersenet.lowering.integer_times import names
 from tersenet.measuring import layer_latency
-from tersenet.measuring.layer_latency import Shape, measure_table
+from tersenet.measuring.layer_latency import Shape, Tile, measure_table
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,20 @@ def test_padding_of_other_values_is_another_question(monkeypatch: pytest.MonkeyP
         table = measure_table([(conv, Shape.of(conv, (1, 2, 6, 6)), "direct", None)])
         assert [row.kernel for row in table.rows] == [mode]
     assert asked == ["zeros", "reflect", "circular"]
+
+
+@pytest.mark.skipif(not names(), reason="this processor has no instructions for products of bytes")
+def test_eight_bits_are_timed_in_integers() -> None:
+    conv, grouped = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=2)
+    tiles: tuple[Tile, ...] = ("direct", 2, 4)
+    shape, other = Shape.of(conv, (1, 16, 8, 8)), Shape.of(grouped, (1, 16, 8, 8))
+    table = measure_table([(conv, shape, tile, bits) for tile in tiles for bits in (8, 4, 16)])
+    kernels = {(row.tile, row.bits): row.kernel for row in table.rows}
+    for bits in (8, 4):
+        assert [kernels[tile, bits] for tile in tiles] == ["direct int8", "F2 int8", "F4 int8"]
+    assert [kernels[tile, 16].endswith("float") for tile in tiles] == [True] * 3
+    (row,) = measure_table([(grouped, other, 4, 8)]).rows
+    assert row.kernel.endswith("float")
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", 0, 1, (0, 2)])

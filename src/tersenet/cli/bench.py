@@ -19,6 +19,7 @@ EXAMPLES = examples(
     "tersenet bench runs/r56/model --layers --threads 1",
     "tersenet bench resnet20 --batch 8 --peer eager --peer compile --json",
     "tersenet bench vgg16 --picture vgg16.svg",
+    "tersenet bench resnet18 --half --peer openvino --peer eager",
 )
 
 
@@ -41,13 +42,14 @@ def bench(
             "installed.",
         ),
     ] = None,
+    half: Annotated[bool, typer.Option("--half", help="All in bfloat16 (and 16-bit weights), not in float32.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Each convolution's kernel and times.")] = False,
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="Bars of all runtimes: .svg or .png.")
     ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Lower a network for this machine and time it against other runtimes, in turns, all in float32.
+    """Lower a network for this machine and time it against other runtimes, in turns, all in one precision.
 
     Stop other programs first: the figures are wall-clock times.
     """
@@ -59,7 +61,7 @@ def bench(
 
     network, example = api.open_example(model, weights, base, sizes=sizes, batch=batch)
     chosen = {"peers": tuple(peers)} if peers else {}
-    found, fast = run(network, example, threads=threads, rounds=rounds, **chosen)
+    found, fast = run(network, example, threads=threads, rounds=rounds, half=half, **chosen)
     note_random_weights(model, weights)
     for name, reason in found.missing.items():
         note(f"note: {name} is left out: {reason}")
@@ -83,5 +85,6 @@ def _table(found: Bench) -> str:
         for name, time in found.timings.items()
     )
     table = columns(("RUNTIME", "MEDIAN", "QUARTILES", "TIME / OURS", "ERROR"), rows)
-    how = f"batch {found.batch}, {found.threads} thread(s), {found.rounds} rounds in turns, float32"
+    kind = "bfloat16" if found.half else "float32"
+    how = f"batch {found.batch}, {found.threads} thread(s), {found.rounds} rounds in turns, {kind}"
     return f"{table}\n{how}, {found.environment['processor']}"

@@ -85,10 +85,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _torch() -> dict[str, Any]:
     import torch
 
+    from tersenet.environment import installed
+    from tersenet.kernels.gpu.host import interpreted, problem
+
     return {
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "triton": {"version": installed("triton"), "missing": problem(), "interpreted": interpreted()},
     }
 
 
@@ -138,6 +142,12 @@ def _kernel_line(kernels: dict[str, Any]) -> str:
     return found + "".join(f"; not {name}: {reason}" for name, reason in kernels["missing"].items())
 
 
+def _triton_line(triton: dict[str, Any]) -> str:
+    if triton["missing"] is not None:
+        return f"none: {triton['missing']}"
+    return f"F2, F4, F6 by Triton {triton['version']}" + (", interpreted on the CPU" if triton["interpreted"] else "")
+
+
 def _text(facts: dict[str, Any]) -> str:
     cpu, torch, packages = facts["cpu"], facts["torch"], facts["packages"]
     threads = f"{torch['threads']} threads, {torch['cpu_capability']}" if torch else "does not load"
@@ -148,6 +158,7 @@ def _text(facts: dict[str, Any]) -> str:
         ("cpu flags", " ".join(cpu["flags"]) or "unknown"),
         ("kernels", _kernel_line(facts["kernels"])),
         ("gpus", ", ".join(torch.get("gpus", [])) or "none"),
+        ("gpu kernels", _triton_line(torch["triton"]) if torch else "unknown: torch does not load"),
         ("disk", f"{facts['disk']['free_bytes'] / 1e9:.1f} GB free in {facts['disk']['folder']}"),
         ("torch", f"{packages['torch']}, {threads}" if packages.get("torch") else "MISSING"),
         *((name, version or "MISSING") for name, version in packages.items() if name != "torch"),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tersenet import atomic
-from tersenet.errors import GraphError, TersenetError
+from tersenet.errors import GraphError, TersenetError, first_line
 from tersenet.exporting.deploy import Quantized, deployed
-from tersenet.exporting.program import batches, exported, first_line
+from tersenet.exporting.program import batches, exported
 from tersenet.exporting.qdq import finish, is_quantized, opset, translations
 from tersenet.graph.trace import evaluating
 from tersenet.measuring.meta import tensors_in

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tersenet import atomic
-from tersenet.errors import GraphError, TersenetError
+from tersenet.errors import GraphError, TersenetError, first_line
 from tersenet.exporting.deploy import Quantized, deployed
 from tersenet.graph.trace import evaluating
 
@@ -91,8 +91,3 @@ def _check_equal(model: nn.Module, program: ExportedProgram, inputs: tuple[Any, 
             f"{type(model).__name__} was exported, but the program differs from it at batch size {size}: "
             f"{first_line(error)}. Nothing was written; forward must treat the samples of a batch alike"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What goes into a message of one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

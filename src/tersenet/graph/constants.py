@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tersenet.graph import lookup
 from tersenet.graph.choices import repeating
+from tersenet.graph.example import random_like
 from tersenet.graph.labels import End, IntArray, NDArrayBool
-from tersenet.graph.model import ModelGraph, random_like
+from tersenet.graph.model import ModelGraph
 from tersenet.graph.replay import Action, over_kept, replay
 from tersenet.graph.trace import tensors_in
 

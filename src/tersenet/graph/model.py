@@ -223,17 +223,3 @@ def _shape_of(example: tuple[Any, ...]) -> tuple[int, ...]:
     """Of one sample: the first tensor without its batch axis, or the first image of a list."""
     first = tensors_in(example)[0]
     return tuple(first.shape[1:] if isinstance(example[0], Tensor) else first.shape)
-
-
-def random_like(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Normal noise in place of every floating tensor of `example`, also in lists and dicts; the rest is passed on."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.is_floating_point():
-            return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        if isinstance(x, (list, tuple)):
-            return type(x)(noise(v) for v in x)  # pyright: ignore
-        return {k: noise(v) for k, v in x.items()} if isinstance(x, dict) else x  # pyright: ignore
-
-    return tuple(noise(x) for x in example)

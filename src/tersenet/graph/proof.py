@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tersenet.errors import GraphError
 from tersenet.graph.constants import Measured
+from tersenet.graph.example import random_like
 from tersenet.graph.labels import NDArrayBool
-from tersenet.graph.model import ModelGraph, random_like
+from tersenet.graph.model import ModelGraph
 from tersenet.graph.precision import full_float32
 from tersenet.graph.replay import Run, free_run
 from tersenet.graph.trace import first_line, running, tensors_in, user_line

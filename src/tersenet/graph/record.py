@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from tersenet.errors import TersenetError
 from tersenet.graph.edits import Edit
+from tersenet.graph.example import MAX_INPUTS, Kind, checked, kind_of
 
 Scalar = bool | int | float | str | None
 _ATTRIBUTE = "tersenet_record"
 _MAX_ELEMENTS = 2**27
-_MAX_INPUTS = 16
 Size = Annotated[int, Field(ge=1, le=65536)]
-Kind = Literal["float", "bool", "uint8", "int8", "int16", "int32", "int64"]
-"""Of numbers: `float` is whatever floating type the weights have."""
 
 
 def _fits_in_memory(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -48,7 +45,7 @@ class InputSpec(BaseModel):
     mean: tuple[float, ...] | None = None
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     kind: Kind = "float"
-    more: tuple[TensorSpec, ...] = Field(default=(), max_length=_MAX_INPUTS - 1)
+    more: tuple[TensorSpec, ...] = Field(default=(), max_length=MAX_INPUTS - 1)
 
     _fits = field_validator("shape")(_fits_in_memory)
 
@@ -68,35 +65,8 @@ def input_of(example: Any) -> InputSpec:
     Raises:
         TersenetError: something else, sizes that are none, or batches of different sizes.
     """
-    inputs: tuple[Any, ...] = tuple(example) if isinstance(example, (tuple, list)) else (example,)  # pyright: ignore
-    rule = "an example is a tensor, or a tuple of tensors, whose first axis is the batch"
-    if not 1 <= len(inputs) <= _MAX_INPUTS:
-        raise TersenetError(f"an example of {len(inputs)} inputs; {rule}, 1 to {_MAX_INPUTS} of them")
-    specs: list[TensorSpec] = []
-    for number, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            raise TersenetError(
-                f"input {number} of the example is a {type(x).__name__}; {rule}. For a forward that takes something "
-                "else, pass a module whose forward takes tensors and calls yours"
-            )
-        if not 1 <= x.dim() <= 6 or min(x.shape) < 1 or max(x.shape[1:], default=1) > 65536:
-            raise TersenetError(
-                f"input {number} of the example has shape {tuple(x.shape)}; {rule}, of sizes 1 to 65536"
-            )
-        if len(x) != len(inputs[0]):
-            raise TersenetError(
-                f"input {number} of the example has a batch of {len(x)}, input 0 one of {len(inputs[0])}; {rule}, and "
-                "the same for all"
-            )
-        kinds = get_args(Kind)
-        kind = "float" if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
-        if kind not in kinds:
-            raise TersenetError(f"input {number} of the example is {x.dtype}; known: {', '.join(kinds)}")
-        specs.append(TensorSpec(shape=tuple(x.shape[1:]), kind=cast(Kind, kind)))
-    if not specs[0].shape:
-        raise TersenetError(
-            f"input 0 of the example has shape {tuple(inputs[0].shape)}: put an input of more than one axis first"
-        )
+    inputs = checked(example)
+    specs = [TensorSpec(shape=tuple(x.shape[1:]), kind=kind_of(x)) for x in inputs]
     return InputSpec(shape=specs[0].shape, kind=specs[0].kind, more=tuple(specs[1:]))
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tersenet.errors import GraphError
 from tersenet.graph.edits_sparse import MovedReLU, WinogradDomain
-from tersenet.graph.model import ModelGraph, random_like
+from tersenet.graph.example import random_like
+from tersenet.graph.model import ModelGraph
 from tersenet.graph.precision import full_float32
 from tersenet.graph.trace import Op, Ref, Trace, evaluating, refs_in, tensors_in
 from tersenet.nn.skip_relu import SkipsReLU

@@ -23,6 +23,7 @@ from tersenet.errors import GraphError
 from tersenet.graph import lookup
 from tersenet.graph.choices import Choice, Choices, is_choice
 from tersenet.graph.dispatch import Dispatch
+from tersenet.graph.passes import children, evaluating, tensors_in
 from tersenet.graph.shapes import PRODUCTS, empty_product
 from tersenet.graph.undo import structure_of
 from tersenet.nn.adapter import ChannelAdapter
@@ -117,18 +118,6 @@ class Trace:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode that it had."""
-    modes = {module: module.training for module in lookup.named_modules(model).values()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
 def running(model: nn.Module) -> Generator[None]:
     """How networks are run here: in evaluation mode, without gradients and without fused attention modules; Winograd
     and quantized layers as the convolutions that they stand for. Afterwards the network is as it was."""
@@ -198,21 +187,6 @@ def _recorded(model: nn.Module, example: tuple[Any, ...], recorder: _Recorder) -
             "the example are on one device"
         ) from error
     return recorder.finish(output)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for item in children(value) for t in tensors_in(item)]
-
-
-def children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())  # pyright: ignore
-    if isinstance(value, (list, tuple)):
-        return list(value)  # pyright: ignore
-    return list(vars(value).values()) if hasattr(value, "__dataclass_fields__") else []
 
 
 def refs_in(value: Any) -> list[Ref]:

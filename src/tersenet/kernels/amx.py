@@ -39,35 +39,31 @@ AMX_TASKS = ("run_amx",)
 CHUNK = 32  # inputs that one tile of products takes
 LINE = 16  # floats of a row of a tile: 32 parts of inputs, or 16 sums
 TILE = 16 * LINE  # floats of a tile
+PARTS = 2
 # Products of parts of pixels by parts of weights, in an order that loads few tiles.
-_TERMS = {1: (("high", "high"),), 2: (("high", "low"), ("high", "high"), ("low", "high"))}
+_TERMS = (("high", "low"), ("high", "high"), ("low", "high"))
 GROUP = 32  # pixels whose sums are kept in tiles together
 
 
 @dataclass(frozen=True)
 class Amx:
-    """The code for all sizes, which are arguments. `isa` has the tiles. `half`: with the high parts alone."""
+    """The code for all sizes, which are arguments. `isa` has the tiles."""
 
     isa: Isa
-    half: bool = False
 
     @property
     def name(self) -> str:
-        return f"gemm-{self.isa.name}{'-half' if self.half else ''}"
-
-    @property
-    def parts(self) -> int:
-        return 1 if self.half else 2
+        return f"gemm-{self.isa.name}"
 
 
 def generate_amx(algorithm: Amx) -> str:
     """The text of its module, with the one task `run_amx`."""
     isa = algorithm.isa
     module = Module(isa.width, '"prefer-vector-width"="512" "min-legal-vector-width"="512"')
-    copy_function(module, algorithm.parts)
-    product_kernels(module, isa, algorithm.parts)
+    copy_function(module)
+    product_kernels(module, isa)
     _finish(module, isa)
-    _outputs(module, isa, algorithm.parts)
+    _outputs(module, isa)
     _run(module, isa)
     return module.text()
 
@@ -75,11 +71,11 @@ def generate_amx(algorithm: Amx) -> str:
 _PARAMETERS = "ptr %context, ptr noalias %v, ptr noalias %u, ptr noalias %m"
 
 
-def product_kernels(module: Module, isa: Isa, parts: int = 2) -> None:
+def product_kernels(module: Module, isa: Isa) -> None:
     """`product`: the sums of 16 or 32 pixels by 16 or 32 output channels, to M[16 channels][pixel][16]."""
     kinds = list(itertools.product((1, 2), range(1, isa.columns + 1)))
     for rows, columns in kinds:
-        _kernel(module, isa, rows, columns, parts)
+        _kernel(module, isa, rows, columns)
     f = module.function("product", f"{_PARAMETERS}, i64 %rows, i64 %columns", inline=True)
     typed = _PARAMETERS.replace("noalias ", "").split(", ")
     f.switch(
@@ -91,15 +87,14 @@ def product_kernels(module: Module, isa: Isa, parts: int = 2) -> None:
     )
 
 
-def _kernel(module: Module, isa: Isa, rows: int, columns: int, count: int) -> None:
+def _kernel(module: Module, isa: Isa, rows: int, columns: int) -> None:
     f = module.function(f"product_{rows}_{columns}", _PARAMETERS)
     c = ContextReader(f, "chunks", "size_high", "size_wide", "tap_high", "tap_wide", "v_vector", "v_low", "m_vector")
     sums = list(itertools.product(range(rows), range(columns)))
     tiles = Tiles(f)
     for row, column in sums:
         tiles.zero(row * columns + column)
-    step = count * isa.columns * TILE
-    terms = _TERMS[count]
+    step = PARTS * isa.columns * TILE
     taps = f.mul(c["size_high"], c["size_wide"])
     with f.loop(c["chunks"]) as chunk:
         v = f.offset("%v", f.mul(chunk.index, c["v_vector"]))
@@ -111,10 +106,10 @@ def _kernel(module: Module, isa: Isa, rows: int, columns: int, count: int) -> No
                 a = f.offset(line, f.mul(wide.index, c["tap_wide"]))
                 b = f.offset(weights, f.mul(wide.index, step))
                 parts = {"high": a, "low": f.offset(a, c["v_low"])}
-                weighed = {"low": b, "high": f.offset(b, (count - 1) * isa.columns * TILE)}
+                weighed = {"low": b, "high": f.offset(b, isa.columns * TILE)}
 
                 # Loads between products that don't wait for them.
-                for (a_before, b_before), (a_part, b_part) in itertools.pairwise((("", ""), *terms)):
+                for (a_before, b_before), (a_part, b_part) in itertools.pairwise((("", ""), *_TERMS)):
                     for row, column in sums:
                         if row == 0 and b_part != b_before:
                             tiles.load(6 + column, f.offset(weighed[b_part], column * TILE))
@@ -126,9 +121,10 @@ def _kernel(module: Module, isa: Isa, rows: int, columns: int, count: int) -> No
         tiles.store(row * columns + column, f.offset("%m", place))
 
 
-def in_tiles(rows: Tensor, isa: Isa, parts: int = 2) -> Tensor:
+def in_tiles(rows: Tensor, isa: Isa, parts: int = PARTS) -> Tensor:
     """The weights of output channels, (C_out, ..., chunks * 32) float32, as `product` reads them: (blocks, ..., chunks,
-    parts, columns, 16, 16, 2) bfloat16. C_out must be a multiple of a block's channels."""
+    parts, columns, 16, 16, 2) bfloat16; of one part that is the rounded weight. C_out must be a multiple of a block's
+    channels."""
     between = rows.dim() - 2
     tiles = rows.unflatten(-1, (-1, CHUNK // 2, 2)).unflatten(0, (-1, isa.columns, LINE))
     # block, column, output, ..., chunk, pair, 2 -> block, ..., chunk, column, pair, output, 2
@@ -139,7 +135,7 @@ def in_tiles(rows: Tensor, isa: Isa, parts: int = 2) -> Tensor:
 
 
 class Tiles:
-    """Instructions on the eight tiles, which are known by number. Rows in memory follow each other."""
+    """Instructions on the eight tiles, which are known by number."""
 
     def __init__(self, f: Function) -> None:
         self._f = f
@@ -147,8 +143,9 @@ class Tiles:
     def zero(self, tile: int) -> None:
         self._call("tilezero", "i8", f"i8 {tile}")
 
-    def load(self, tile: int, pointer: str) -> None:
-        self._call("tileloadd64", "i8, ptr, i64", f"i8 {tile}, ptr {pointer}, i64 64")
+    def load(self, tile: int, pointer: str, apart: str | int = 64) -> None:
+        """Rows are `apart` bytes from each other."""
+        self._call("tileloadd64", "i8, ptr, i64", f"i8 {tile}, ptr {pointer}, i64 {apart}")
 
     def store(self, tile: int, pointer: str) -> None:
         self._call("tilestored64", "i8, ptr, i64", f"i8 {tile}, ptr {pointer}, i64 64")
@@ -217,7 +214,7 @@ def _careful(f: Function, isa: Isa, c: ContextReader, k: int, sums: str, bias: s
         f.vstore(value, f.offset(y, begin), lanes)
 
 
-def _outputs(module: Module, isa: Isa, parts: int) -> None:
+def _outputs(module: Module, isa: Isa) -> None:
     """The block `%output` of output channels for the `%count` pixels of `%image` from `%pixel` on, whose V is there."""
     f = module.function(
         "outputs",
@@ -227,7 +224,7 @@ def _outputs(module: Module, isa: Isa, parts: int) -> None:
         f, "weight", "bias", "r", "y", "chunks", "size_high", "size_wide", "out_channels", "out_height", "out_width",
         "group_channels", "group_outputs", "v_vector",
     )  # fmt: skip
-    panel = f.mul(f.mul(f.mul(c["chunks"], c["size_high"]), c["size_wide"]), parts * isa.columns * TILE)
+    panel = f.mul(f.mul(f.mul(c["chunks"], c["size_high"]), c["size_wide"]), PARTS * isa.columns * TILE)
     u = f.offset(c["weight"], f.mul("%output", panel))
     group, inside = f.divmod("%output", c["group_outputs"])
     before = f.mul(inside, isa.channels)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tersenet.errors import TersenetError
-from tersenet.kernels.amx import CHUNK, GROUP, LINE, TILE, Amx, in_tiles
+from tersenet.kernels.amx import CHUNK, GROUP, LINE, PARTS, TILE, Amx, in_tiles
 from tersenet.kernels.compiled import kernels
 from tersenet.kernels.context import FIELDS, Context
 from tersenet.kernels.gemm_call import Cut, check_packable
@@ -51,17 +51,13 @@ def pack_amx(
     stride: Pair = (1, 1),
     dilation: Pair = (1, 1),
     groups: int = 1,
-    half: bool = False,
 ) -> PackedAmx:
     """Split and pack the weight (C_out, C_in / groups, kH, kW) of a convolution, and its bias (C_out,).
-
-    With `half` inputs and weights are rounded to bfloat16: a third of the products, half of the memory, and a relative
-    error of 2e-3.
 
     Raises: TersenetError for another shape, type or device, dilation or groups of larger kernels beside a stride, or a
         processor without AMX.
     """
-    algorithm = Amx(host().amx(), half)
+    algorithm = Amx(host().amx())
     check_packable(weight, bias)
     outputs, inputs, high, wide = weight.shape
     if max(stride) > 1 and (max(dilation) > 1 or (groups > 1 and (high, wide) != (1, 1))):
@@ -82,7 +78,7 @@ def pack_amx(
     rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, empty)).flatten(0, 1)
     # The chunks of a part of the kernel come before its taps.
     rows = rows.unflatten(3, (-1, CHUNK)).transpose(2, 3).flatten(2, 3)
-    tables = Tables(settled(in_tiles(rows.flatten(2), algorithm.isa, algorithm.parts)), added.contiguous())
+    tables = Tables(settled(in_tiles(rows.flatten(2), algorithm.isa)), added.contiguous())
     return PackedAmx(algorithm, tables, groups * inputs, outputs, (high, wide), dilation, groups, plane)
 
 
@@ -149,7 +145,7 @@ def amx_call(
     cut = cut or cut_of(pixels, halo, groups * floats, taps[0] * taps[1] * floats, outputs, threads, host().l2_bytes)
     blocks = -(-pixels // cut.block)
     kept = -(-cut.block // LINE) * LINE + halo
-    line_floats = algorithm.parts * LINE  # of a pixel in a chunk
+    line_floats = PARTS * LINE  # of a pixel in a chunk
     v_block = groups * vectors * kept * line_floats
     own = LINE + v_block + 2 * isa.columns * TILE + LINE
     low, high_bits = BITS[activation]

@@ -12,7 +12,7 @@ HALF = "<16 x bfloat>"
 _SPLIT = "@llvm.x86.avx512bf16.cvtne2ps2bf16.512"
 
 
-def copy_function(module: Module, parts: int) -> None:
+def copy_function(module: Module) -> None:
     """`copy`: V of `%count` pixels of `%image`, from `%pixel` on: positions of the kernel of `copy_high` by `copy_wide`
     pixels, in lines of `line`. Each row of that kernel is a segment, whose pixels lie side by side in the image; or
     the kernel is one pixel, and each of its `groups` of `channels` is a segment. What is outside the image, and what
@@ -47,7 +47,7 @@ def copy_function(module: Module, parts: int) -> None:
             with f.when(is_whole), f.loop(c["slices"]) as chunk:
                 place = f.offset(source, f.mul(chunk.index, 2 * _WIDTH))
                 goal = f.offset(target, f.mul(chunk.index, c["v_vector"]))
-                _split(f, c, f.vload(place), f.vload(f.offset(place, _WIDTH)), goal, parts)
+                _split(f, c, f.vload(place), f.vload(f.offset(place, _WIDTH)), goal)
             last = f.op(f"select i1 {is_high}, i64 {end}, i64 0")
             with f.when(f.op(f"xor i1 {is_whole}, true")), f.loop(c["slices"]) as chunk:
                 place = f.mul(chunk.index, 2 * _WIDTH)
@@ -56,16 +56,14 @@ def copy_function(module: Module, parts: int) -> None:
                     f.vload(f.offset(source, start), _between(f, f.sub(begin, start), f.sub(last, start)))
                     for start in (place, f.add(place, _WIDTH))
                 )
-                _split(f, c, first, second, goal, parts)
+                _split(f, c, first, second, goal)
         pixel.next(f.following(line, column, c["line"]))
 
 
-def _split(f: Function, c: ContextReader, first: str, second: str, goal: str, parts: int) -> None:
-    """Write the parts of two vectors, or only the high ones."""
+def _split(f: Function, c: ContextReader, first: str, second: str, goal: str) -> None:
+    """Write the parts of two vectors."""
     high = f.op(f"call {_PARTS} {_SPLIT}({_VECTOR} {second}, {_VECTOR} {first})")
     f.store(_PARTS, high, goal, 64)
-    if parts == 1:
-        return
     rest = [f.vsub(value, _half(f, high, part)) for part, value in enumerate((first, second))]
     low = f.op(f"call {_PARTS} {_SPLIT}({_VECTOR} {rest[1]}, {_VECTOR} {rest[0]})")
     f.store(_PARTS, low, f.offset(goal, c["v_low"]), 64)

@@ -15,15 +15,19 @@ from typing import Any
 from tersenet.errors import TersenetError
 from tersenet.kernels import cache
 from tersenet.kernels.amx import AMX_TASKS, Amx, generate_amx
+from tersenet.kernels.bf16 import BF16_TASKS, Bf16, generate_bf16
 from tersenet.kernels.gemm import GEMM_TASKS, Gemm, generate_gemm
 from tersenet.kernels.generate import TASKS, Algorithm, generate
+from tersenet.kernels.int8 import Int8, generate_int8
+from tersenet.kernels.mean import MEAN_TASKS, Mean, generate_mean
 from tersenet.kernels.moments import MOMENT_TASKS, MomentKernel, generate_moments
 from tersenet.kernels.pool import POOL_TASKS, Pool, generate_pool
+from tersenet.kernels.sequence import SEQUENCE_TASKS, Sequence, generate_sequence
 from tersenet.kernels.sparse_linear import LINEAR_TASKS, SparseLinear, generate_linear
 from tersenet.kernels.threads import Task
 from tersenet.kernels.tile_passes import TILE_TASKS, TilePass, generate_tiles
 
-Code = Algorithm | Gemm | Amx | MomentKernel | Pool | SparseLinear | TilePass
+Code = Algorithm | Gemm | Amx | Bf16 | Int8 | Mean | MomentKernel | Pool | Sequence | SparseLinear | TilePass
 
 _lock = threading.Lock()
 _loaded: dict[Code, Kernels] = {}
@@ -81,10 +85,18 @@ def _code(algorithm: Code) -> tuple[Callable[[], str], tuple[str, ...]]:
         return partial(generate_gemm, algorithm), GEMM_TASKS
     if isinstance(algorithm, Amx):
         return partial(generate_amx, algorithm), AMX_TASKS
+    if isinstance(algorithm, Bf16):
+        return partial(generate_bf16, algorithm), BF16_TASKS
+    if isinstance(algorithm, Int8):
+        return partial(generate_int8, algorithm), algorithm.tasks
+    if isinstance(algorithm, Mean):
+        return partial(generate_mean, algorithm), MEAN_TASKS
     if isinstance(algorithm, MomentKernel):
         return partial(generate_moments, algorithm), MOMENT_TASKS
     if isinstance(algorithm, Pool):
         return partial(generate_pool, algorithm), POOL_TASKS
+    if isinstance(algorithm, Sequence):
+        return partial(generate_sequence, algorithm), SEQUENCE_TASKS
     if isinstance(algorithm, SparseLinear):
         return partial(generate_linear, algorithm), LINEAR_TASKS
     if isinstance(algorithm, TilePass):

@@ -15,6 +15,11 @@ FIELDS = (
     "vectors quads quad_step outputs output_step groups group_count slices low high silu "
     "size_high size_wide step_high step_wide units copy_high copy_wide tap_high "
     "tap_wide line halo group_channels group_outputs v_low chunks "
+    "taps initial wide factor_tap factors plane_rows plane_chunk plane_phase plane_image "
+    "x_scale x_reciprocal x_least x_most z_scale z_reciprocal z_least z_most "
+    "v_least v_most s_least s_most y_least y_most "
+    "images block_rows phases copy_left copy_count copy_first copy_step interleaved direct x_half y_half r_half "
+    "v_row v_phase v_image v_step v_own v_total piece "
     "next_input next_product next_slot"
 ).split()
 

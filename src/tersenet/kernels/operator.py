@@ -142,17 +142,21 @@ def _check(
 
 
 def check_call(
-    x: Tensor, residual: Tensor | None, padding: tuple[int, int], out_channels: int, activation: str
+    x: Tensor,
+    residual: Tensor | None,
+    padding: tuple[int, int],
+    out_channels: int,
+    activation: str,
+    kind: torch.dtype = torch.float32,
 ) -> None:
-    """Raises: TersenetError for tensors that are not float32 or don't fit together, or an unknown activation."""
-    if x.ndim != 4 or x.dtype != torch.float32:
-        raise TersenetError(f"x (={x.dtype} {tuple(x.shape)}) must be float32 and of shape (N, C_in, H, W)")
+    """Raises: TersenetError for tensors that are not of `kind` or don't fit together, or an unknown activation."""
+    name = str(kind).removeprefix("torch.")
+    if x.ndim != 4 or x.dtype != kind:
+        raise TersenetError(f"x (={x.dtype} {tuple(x.shape)}) must be {name} and of shape (N, C_in, H, W)")
     if activation not in BOUNDS:
         raise UnknownNameError("activation", activation, BOUNDS)
     shape = output_shape((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), out_channels, padding)
     if min(padding) < 0 or min(shape[2:]) < 1:
         raise TersenetError(f"x (={tuple(x.shape)}) with padding {padding} has no room for a 3x3 kernel")
-    if residual is not None and (residual.shape != shape or residual.dtype != torch.float32):
-        raise TersenetError(
-            f"residual (={residual.dtype} {tuple(residual.shape)}) must be float32 and of shape {shape}"
-        )
+    if residual is not None and (residual.shape != shape or residual.dtype != kind):
+        raise TersenetError(f"residual (={residual.dtype} {tuple(residual.shape)}) must be {name} and of shape {shape}")

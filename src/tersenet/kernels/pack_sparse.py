@@ -69,7 +69,7 @@ def pack_sparse(
     check_domain(weight, bias, algorithm)
     _, inputs, outputs = weight.shape
     weight = weight.detach().float()
-    values, channels, starts = (_single if kept == "scattered" else _in_blocks)(weight, algorithm.isa.width)
+    values, channels, starts = (_single if kept == "scattered" else in_blocks)(weight, algorithm.isa.width)
     block = algorithm.isa.channels
     both = torch.zeros(2, -(-outputs // block) * block, dtype=torch.float32, device="cpu")
     both[1] = 1
@@ -78,8 +78,8 @@ def pack_sparse(
     return SparsePacked(algorithm, settled(values), settled(channels.to(torch.int32)), starts, both, inputs, outputs)
 
 
-def _in_blocks(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, input channels and starts."""
+def in_blocks(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of a weight (taps, C_in, C_out): values (entries, width), input channels and starts."""
     blocks = pad(weight, (0, -weight.shape[2] % width)).unflatten(2, (-1, width)).transpose(1, 2)
     kept = (blocks != 0).any(3)
     return blocks[kept], kept.nonzero()[:, 2], _starts(kept.sum(2))

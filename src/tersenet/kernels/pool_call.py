@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
+
 from tersenet.kernels.compiled import kernels
 from tersenet.kernels.context import FIELDS, Context
 from tersenet.kernels.host import host
@@ -38,13 +40,18 @@ class Windows:
 
 @functools.lru_cache(maxsize=1024)
 def pool_call(
-    x: tuple[int, ...], x_strides: tuple[int, ...], windows: Windows, threads: int, isa: str | None = None
+    x: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    windows: Windows,
+    threads: int,
+    isa: str | None = None,
+    half: bool = False,
 ) -> Call:
-    """For inputs (N, C, H, W) whose channels lie together in memory. Nothing is checked.
+    """For inputs (N, C, H, W) whose channels lie together in memory, with `half` bfloat16 ones. Nothing is checked.
 
-    Raises: TersenetError: there are no kernels for this processor, or it can't run `isa`.
+    Raises: TersenetError: there are no kernels for this processor, or it can't run `isa`, or, with `half`, has no AMX.
     """
-    algorithm = Pool(host().isa(isa))
+    algorithm = Pool(host().amx(), True) if half else Pool(host().isa(isa))
     images, channels, height, width = x
     shape = (images, channels, windows.count(height, 0), windows.count(width, 1))
     rows = images * shape[2]
@@ -57,7 +64,8 @@ def pool_call(
         "pad_top": windows.padding[0], "pad_left": windows.padding[1], "size_high": windows.size[0],
         "size_wide": windows.size[1], "step_high": windows.step[0], "step_wide": windows.step[1],
     }  # fmt: skip
+    kind = torch.bfloat16 if half else torch.float32
     reads = rows * shape[3] * channels * windows.size[0] * windows.size[1]
     count = min(threads, rows, max(1, reads // _THREAD_READS))
     context = Context(*(fields.get(name, 0) for name in FIELDS))
-    return Call(shape, bytes(context), tuple(kernels(algorithm).tasks.values()), count, 0, 0)
+    return Call(shape, bytes(context), tuple(kernels(algorithm).tasks.values()), count, 0, 0, dtype=kind)

@@ -23,14 +23,14 @@ class Task:
 
     def __init__(self, address: int, owner: Any) -> None:
         """Args: owner: what holds the code; it lives as long as this."""
-        self._address, self._owner = address, owner
+        self.address, self._owner = address, owner
         self._function = _Function(address)
 
     def run(self, context: int, threads: int) -> None:
         """Run on up to `threads` threads; `context` is an address. Returns when all of them are done."""
         parallel = runtime()
         if threads > 1 and parallel is not None:
-            parallel(self._address, context, threads, 0)
+            parallel(self.address, context, threads, 0)
         else:
             self._function(context)
 

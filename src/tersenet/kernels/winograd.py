@@ -68,7 +68,7 @@ class Call:
 
     `parts`: the scratch memory holds bfloat16 numbers. It is memory of its own then: kernels that calculate with whole
     vectors, of which not all lanes count, would read pairs of them as floats too small to be normal, which takes many
-    times longer.
+    times longer. `dtype` is the result's.
     """
 
     shape: tuple[int, int, int, int]
@@ -78,16 +78,17 @@ class Call:
     floats: int
     shared_bytes: int
     parts: bool = False
+    dtype: torch.dtype = torch.float32
 
     def run(self, x: Tensor, tables: Tables, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
         """On tensors with the sizes, strides and types that the call was made for: nothing is checked. `out` may be the
         residual, if that is contiguous in channels-last memory."""
         y = out
         if y is None:
-            y = torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+            y = torch.empty(self.shape, dtype=self.dtype, device="cpu", memory_format=torch.channels_last)
         if not self.tasks:
             return y
-        memory = _memory(self.floats, self.parts)
+        memory = scratch(self.floats, self.parts)
         context = Context.from_buffer_copy(self.context)
         context[_X], context[_Y] = x.data_ptr(), y.data_ptr()
         for place, table in zip(_TABLES, tables, strict=True):
@@ -141,7 +142,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
-def _memory(floats: int, parts: bool) -> int:
+def scratch(floats: int, parts: bool) -> int:
     """Address of scratch memory that this Python thread keeps from call to call; aligned to a cache line."""
     name = "parts" if parts else "floats"
     kept: Tensor | None = getattr(_kept, name, None)

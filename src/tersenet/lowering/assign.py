@@ -4,23 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from tersenet.errors import GraphError, TersenetError
-from tersenet.exporting.program import first_line
+from tersenet.errors import GraphError, TersenetError, first_line
 from tersenet.lowering.choose import Size, compiled, described, ranking
 from tersenet.lowering.contest import layers_timed
-from tersenet.lowering.layers import CHOICES, AnyLayer, DomainLayer, Layer, has_amx, has_half, is_generated, needs_amx
+from tersenet.lowering.halves import HalfModule, narrow_results, set_narrow
+from tersenet.lowering.integer_modules import in_float64
+from tersenet.lowering.integers import INT8, IntegerLayer
+from tersenet.lowering.layers import (
+    AMX_HALF,
+    CHOICES,
+    AnyLayer,
+    DomainLayer,
+    Layer,
+    has_amx,
+    has_half,
+    is_generated,
+    needs_amx,
+)
 from tersenet.lowering.modules import build
+from tersenet.lowering.recorded import size_at
 from tersenet.lowering.report import LoweredLayer
 from tersenet.lowering.timings import Times, remembered
 
 _LAYER_ERROR = 1e-4
 _HALF_LAYER_ERROR = 1e-2
+_LIMITS = {name: _HALF_LAYER_ERROR for name in CHOICES if name.endswith("half")}
+_LEVEL_ERROR, _TIMES = 3e-2, 4
+"""Of a quantized layer, from float64: a value between two levels falls on another one. Or so many times what float32
+does to it."""
 
 
 def kernels_offered(half: bool, choice: str | None, notes: list[str], layers: Collection[AnyLayer]) -> list[str]:
@@ -30,7 +48,7 @@ def kernels_offered(half: bool, choice: str | None, notes: list[str], layers: Co
         notes.append("this torch has no oneDNN: plain convolutions are torch's own")
         offered = ["torch"]
     for layer in layers:
-        if isinstance(layer, DomainLayer) and layer.hindrance is not None:
+        if isinstance(layer, (DomainLayer, IntegerLayer)) and layer.hindrance is not None:
             notes.append(f"no generated kernels for {layer.name}: {layer.hindrance}")
     asked = [choice] if choice is not None else [n for n in CHOICES if half or not n.endswith("half")]
     asked = [name for name in asked if is_generated(name)]
@@ -53,7 +71,11 @@ def kernels_offered(half: bool, choice: str | None, notes: list[str], layers: Co
 
 def sizes_of(graph: fx.GraphModule, layers: dict[str, AnyLayer], inputs: tuple[Tensor, ...]) -> dict[str, Size]:
     """The size of each layer's input."""
-    sizes: dict[str, Size] = {}
+    calls = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
+    known = {target: size_at(calls[target].all_input_nodes[0], len(inputs[0])) for target in layers}
+    sizes = {target: size for target, size in known.items() if size is not None}
+    if len(sizes) == len(layers):
+        return sizes
 
     def hook(target: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -83,9 +105,13 @@ def chosen(
 
     def kernel(target: str, name: str) -> nn.Module:
         if (target, name) not in built:
-            built[target, name] = build(layers[target], name, sizes[target])
+            module = built[target, name] = build(layers[target], name, sizes[target])
+            if isinstance(module, HalfModule):
+                module.narrow = target in narrow  # as if all that could took this kernel: so they are timed
         return built[target, name]
 
+    half = {target for target, layer in layers.items() if AMX_HALF in offered and layer.fits(AMX_HALF)}
+    narrow = narrow_results(graph, half)
     fitting = {target: [name for name in offered if layer.fits(name)] for target, layer in layers.items()}
     times: Times = {}
     if forced is not None:
@@ -97,13 +123,18 @@ def chosen(
     def hook(target: str) -> Callable[..., None]:
         def judge(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             layer, rejected = layers[target], list[str]()
+            # Of a quantized layer float32 breaks ties by its own rounding errors.
+            limits, wanted = _LIMITS, output
+            if isinstance(layer, IntegerLayer):
+                wanted = in_float64(layer, args)
+                limits = {INT8: max(_LEVEL_ERROR, _TIMES * distance(output, wanted))}
             for name in candidates[target]:
                 # The copies are for layers that write over their residual.
                 copies = (x.clone() for x in args[1:])
-                error = 0.0 if name == "torch" else distance(kernel(target, name)(args[0], *copies), output)
-                if error <= (_HALF_LAYER_ERROR if name.endswith("half") else _LAYER_ERROR) or name == "torch":
+                error = 0.0 if name == "torch" else distance(kernel(target, name)(args[0], *copies), wanted)
+                if name == "torch" or error <= limits.get(name, _LAYER_ERROR):
                     graph.add_module(target, kernel(target, name))
-                    density = None if isinstance(layer, Layer) else layer.density
+                    density = None if isinstance(layer, (Layer, IntegerLayer)) else layer.density
                     taken = (name, times.get(target, {}), error, density, tuple(rejected))
                     found[target] = LoweredLayer(layer.name, layer.kind, sizes[target], *taken)
                     return
@@ -117,7 +148,8 @@ def chosen(
             handle = graph.get_submodule(target).register_forward_hook(hook(target))
             stack.callback(handle.remove)
         run_graph(graph, inputs)
-    return tuple(found[target] for target in layers)
+    narrow = set_narrow(graph, {target: graph.get_submodule(target) for target in layers})
+    return tuple(replace(found[target], narrow=target in narrow) for target in layers)
 
 
 def _times(
@@ -146,9 +178,10 @@ def _times(
 
 
 def _timed(layer: AnyLayer, fitting: list[str]) -> list[str]:
-    """In the Winograd domain torch is the check and the last resort: many times slower, and not worth the time."""
+    """In the Winograd domain, and of quantized layers, torch is the check and the last resort: many times slower, and
+    not worth the time."""
     generated = [name for name in fitting if is_generated(name)]
-    return generated if generated and isinstance(layer, DomainLayer) else fitting
+    return generated if generated and isinstance(layer, (DomainLayer, IntegerLayer)) else fitting
 
 
 def run_graph(graph: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

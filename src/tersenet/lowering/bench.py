@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tersenet.environment import environment, installed
-from tersenet.errors import TersenetError, UnknownNameError
-from tersenet.exporting.program import first_line
+from tersenet.errors import TersenetError, UnknownNameError, first_line
 from tersenet.graph.copies import copied
-from tersenet.graph.trace import tensors_in
+from tersenet.graph.passes import tensors_in
 from tersenet.lowering.assign import channels_last, distance
 from tersenet.lowering.lower import Lowered, lower
 from tersenet.lowering.peers import PEERS, Runner
@@ -42,6 +41,7 @@ class Bench:
     batch: int
     threads: int
     rounds: int
+    half: bool
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +61,9 @@ def bench(
     peers: Sequence[str] = ("eager", "onnxruntime", "openvino", "ncnn", "mnn"),
     threads: int | None = None,
     rounds: int = 30,
+    half: bool = False,
 ) -> tuple[Bench, Lowered]:
-    """`model` lowered, against `peers`, all float32 and on the same number of threads.
+    """`model` lowered, against `peers`, all float32, or with `half` bfloat16, and on the same number of threads.
 
     Every round gives each a turn, and starts with another one. A turn is passes for a fifth of a second and then one
     that is timed: by then the threads of the runtime before it sleep, and its own weights are where a loop of passes
@@ -81,7 +82,7 @@ def bench(
     used = threads or before
     torch.set_num_threads(used)
     try:
-        fast = lower(model, inputs)
+        fast = lower(model, inputs, half=half)
         eager = copied(model).eval()
         ordered = tuple(map(channels_last, inputs))
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
@@ -90,7 +91,7 @@ def bench(
             missing: dict[str, str] = {}
             for peer in dict.fromkeys(peers):
                 try:
-                    runners[peer] = PEERS[peer](eager, inputs, used, Path(folder))
+                    runners[peer] = PEERS[peer](eager, inputs, used, Path(folder), half)
                     runners[peer]()
                 except Exception as error:  # a peer's own failure is a line in the table
                     runners.pop(peer, None)
@@ -101,7 +102,7 @@ def bench(
         torch.set_num_threads(before)
     timings = {name: _timing(times[name], errors[name]) for name in runners}
     where = {**environment("cpu"), **{name: installed(name) for name in ("onnxruntime", "openvino", "ncnn", "MNN")}}
-    return Bench(timings, missing, len(inputs[0]), used, rounds, {**where, "threads": used}), fast
+    return Bench(timings, missing, len(inputs[0]), used, rounds, half, {**where, "threads": used}), fast
 
 
 def _timing(times: list[float], error: float) -> Timing:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tersenet.lowering.integers import rescaled
 from tersenet.lowering.program import attribute, constant, reader
-from tersenet.nn import winograd_relu_operator
+from tersenet.nn import quantized_operator, winograd_relu_operator
 from tersenet.nn.adapter import select_channels
 
 _aten = torch.ops.aten
@@ -25,12 +26,14 @@ _LAYERS = frozenset(
         _aten.conv3d.padding,
         _aten.linear.default,
         _DOMAIN,
+        quantized_operator.OPERATOR,
     ]
 )
 # torch.export's own form, and the one that is left when it has been made functional.
 _BATCH_NORM = _aten.batch_norm.default
 _FUNCTIONAL_NORM = _aten._native_batch_norm_legit_no_training.default
 _NORMS = (_BATCH_NORM, _FUNCTIONAL_NORM)
+_CHUNK = 2**16  # numbers in float64
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ def fold_affine(made: fx.GraphModule) -> int:
 
 
 def _fold(made: fx.GraphModule, layer: fx.Node, affine: _Affine) -> bool:
+    if not _taken(made, layer, affine):
+        return False
+    affine.nodes[-1].replace_all_uses_with(affine.source)
+    for node in reversed(affine.nodes):
+        made.graph.erase_node(node)
+    return True
+
+
+def _taken(made: fx.GraphModule, layer: fx.Node, affine: _Affine) -> bool:
+    """Whether the layer computes what it is to be multiplied with and what is to be added, too."""
+    if layer.target is quantized_operator.OPERATOR:
+        return rescaled(made, layer, affine.scale, affine.shift)  # its output is rounded before
     args: Any = layer.args
     weight = constant(made, args[1])
     given = args[2] if len(args) > 2 else layer.kwargs.get("bias")
@@ -61,16 +76,24 @@ def _fold(made: fx.GraphModule, layer: fx.Node, affine: _Affine) -> bool:
     if weight is None or (bias is None) != (given is None):
         return False
     scale = affine.scale if layer.target is _DOMAIN else affine.scale.view(-1, *[1] * (weight.dim() - 1))
-    scaled = weight.double() * scale
+    scaled = _product(weight, scale)
     shifted = affine.shift if bias is None else affine.shift + bias.double() * affine.scale
     kept = {key: value for key, value in layer.kwargs.items() if key != "bias"}
     new = [attribute(made, value.to(weight.dtype), layer) for value in (scaled, shifted)]
     layer.args = (args[0], *new, *args[3:])
     layer.kwargs = kept
-    affine.nodes[-1].replace_all_uses_with(affine.source)
-    for node in reversed(affine.nodes):
-        made.graph.erase_node(node)
     return True
+
+
+def _product(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight * scale, rounded once, by filters that fit into the cache: what takes memory for the first time takes
+    longer than it computes."""
+    result = torch.empty_like(weight)
+    filters = max(1, _CHUNK * len(weight) // max(weight.numel(), 1))
+    parts = (one.split(filters) for one in (weight, scale.expand_as(weight), result))
+    for part, factor, place in zip(*parts, strict=True):
+        place.copy_(part.double().mul_(factor))
+    return result
 
 
 def _affine(made: fx.GraphModule, layer: fx.Node) -> _Affine | None:

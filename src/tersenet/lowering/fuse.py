@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from tersenet.lowering.integers import integers_at
 from tersenet.lowering.layers import SPARSE, AnyLayer, DomainLayer, Layer, Pair
 from tersenet.lowering.linears import LinearLayer
 from tersenet.lowering.modules import reference
 from tersenet.lowering.program import constant, erase, reader
 from tersenet.lowering.reuse import with_reuse
+from tersenet.nn import quantized_operator
 from tersenet.nn.winograd_relu_operator import OPERATOR, geometry_of
 
 _aten = torch.ops.aten
@@ -29,25 +31,27 @@ _FIELDS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS: dict[str, Any] = {"bias": None, "stride": [1], "padding": [0], "dilation": [1], "groups": 1}
 
 
-def fuse(made: fx.GraphModule) -> dict[str, AnyLayer]:
+def fuse(made: fx.GraphModule, linears: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, AnyLayer]:
     """Replace every convolution of images, and every linear layer of which enough is pruned, by a module `layer_0`, ...
     of plain torch; returns what each computes.
 
-    Later convolutions come first, since of two that are added only one can take the sum.
+    Later convolutions come first, since of two that are added only one can take the sum. With `linears` all linear
+    layers are taken: there is a kernel that reads half as much for them. `dtype` is that of the convolutions.
     """
+    plain = partial(_plain, dtype=dtype)
+    own = {_aten.conv2d.default: plain, _aten.conv2d.padding: plain, _LINEAR: partial(_linear, dense=linears)}
+    kinds = {**_DESCRIBED, **own}
     found: dict[str, AnyLayer] = {}
-    nodes = [node for node in made.graph.nodes if node.target in _DESCRIBED]
+    nodes = [node for node in made.graph.nodes if node.target in kinds]
     for number, node in reversed(list(enumerate(nodes))):
-        layer = _fused(made, node, f"layer_{number}")
+        described = kinds[node.target](made, node)
+        layer = None if described is None else _fused(made, node, f"layer_{number}", described)
         if layer is not None:
             found[f"layer_{number}"] = layer
     return with_reuse(made, dict(reversed(found.items())))
 
 
-def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> AnyLayer | None:
-    described = _DESCRIBED[node.target](made, node)
-    if described is None:
-        return None
+def _fused(made: fx.GraphModule, node: fx.Node, target: str, described: Callable[..., AnyLayer]) -> AnyLayer:
     nodes = [node]
     residual = None if node.target is _LINEAR else _residual(node)
     if residual is not None:
@@ -65,7 +69,7 @@ def _fused(made: fx.GraphModule, node: fx.Node, target: str) -> AnyLayer | None:
     return layer
 
 
-def _plain(made: fx.GraphModule, node: fx.Node) -> Callable[..., Layer] | None:
+def _plain(made: fx.GraphModule, node: fx.Node, dtype: torch.dtype = torch.float32) -> Callable[..., Layer] | None:
     """The layer but for what follows it, or None for one that stays as it is."""
     given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_FIELDS, node.args, strict=False)), **node.kwargs}
     weight, bias = constant(made, given["weight"]), constant(made, given["bias"])
@@ -73,7 +77,7 @@ def _plain(made: fx.GraphModule, node: fx.Node) -> Callable[..., Layer] | None:
         return None
     stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
     padding = _padding(given["padding"], stride, dilation, weight.shape[2:])
-    if padding is None or weight.dtype != torch.float32:
+    if padding is None or weight.dtype != dtype:
         return None
     return partial(
         Layer,
@@ -106,8 +110,8 @@ def _domain(made: fx.GraphModule, node: fx.Node) -> Callable[..., DomainLayer] |
     )
 
 
-def _linear(made: fx.GraphModule, node: fx.Node) -> Callable[..., LinearLayer] | None:
-    """The same for a linear layer; None too where no kernel would gain by what is pruned."""
+def _linear(made: fx.GraphModule, node: fx.Node, dense: bool = False) -> Callable[..., LinearLayer] | None:
+    """The same for a linear layer; None too where no kernel would gain by what is pruned, but for `dense`."""
     given: dict[str, Any] = {"bias": None, **dict(zip(_FIELDS, node.args, strict=False)), **node.kwargs}
     weight, bias = constant(made, given["weight"]), constant(made, given["bias"])
     if weight is None or (bias is None) != (given["bias"] is None) or weight.dim() != 2:
@@ -115,7 +119,7 @@ def _linear(made: fx.GraphModule, node: fx.Node) -> Callable[..., LinearLayer] |
     # Not copied: weights are large, and the kernels that keep one have their own.
     found = partial(LinearLayer, weight=weight, bias=bias)
     is_known = weight.dtype == torch.float32 and weight.numel() > 0
-    fits = is_known and any(found(name="", activation="none").fits(choice) for choice in SPARSE)
+    fits = is_known and (dense or any(found(name="", activation="none").fits(choice) for choice in SPARSE))
     return found if fits else None
 
 
@@ -124,6 +128,7 @@ _DESCRIBED: dict[Any, Callable[[fx.GraphModule, fx.Node], Callable[..., AnyLayer
     _aten.conv2d.padding: _plain,
     _LINEAR: _linear,
     OPERATOR: _domain,
+    quantized_operator.OPERATOR: integers_at,
 }
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tersenet.kernels.amx import Amx
+from tersenet.kernels.bf16 import Bf16
 from tersenet.kernels.compiled import Code
 from tersenet.kernels.gemm import Gemm
 from tersenet.kernels.generate import OUTPUTS, Algorithm, R, isa_of
 from tersenet.kernels.host import host
+from tersenet.lowering.integers import INT8, IntegerLayer
 from tersenet.lowering.linears import LinearLayer
 from tersenet.ops.winograd_tiles import Geometry
 
@@ -38,8 +40,8 @@ AMX = "amx"
 """The same on AMX's matrix tiles: products of the bfloat16 parts of float32 numbers, summed in float32."""
 _AMX_GROUP = 8  # channels of a group; with fewer, tiles are too empty to be worth a try
 AMX_HALF = "amx half"
-"""The same with inputs and weights rounded to bfloat16."""
-CHOICES = ("torch", "direct", GEMM, AMX, AMX_HALF, *WINOGRAD, *SPARSE)
+"""The same with inputs and weights rounded to bfloat16, in which results may stay."""
+CHOICES = ("torch", "direct", GEMM, AMX, AMX_HALF, *WINOGRAD, *SPARSE, INT8)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class Layer:
     def fits(self, choice: str) -> bool:
         """Whether the kernel `choice` can compute this."""
         if choice in (AMX, AMX_HALF):
-            is_single = self.stride == (1, 1) or (self.dilation == (1, 1) and self.groups == 1)
             wide = min(self.weight.shape[0] // self.groups, self.weight.shape[1]) >= _AMX_GROUP
+            if choice == AMX_HALF:
+                return self.groups == 1 or wide
+            is_single = self.stride == (1, 1) or (self.dilation == (1, 1) and self.groups == 1)
             is_pixel = self.dilation == (1, 1) and tuple(self.weight.shape[2:]) == (1, 1)
             return (self.groups == 1 or wide) and (is_single or is_pixel)
         if choice == GEMM:
@@ -80,8 +84,10 @@ class Layer:
         """Of a generated choice, on this processor. Raises: TersenetError where there are no kernels."""
         if choice == GEMM:
             return Gemm(host().isa())
-        if choice in (AMX, AMX_HALF):
-            return Amx(host().amx(), choice == AMX_HALF)
+        if choice == AMX:
+            return Amx(host().amx())
+        if choice == AMX_HALF:
+            return Bf16(host().amx())
         m, kept = WINOGRAD[choice]
         return Algorithm(m, isa_of(kept), kept)
 
@@ -189,7 +195,7 @@ class DomainLayer:
         return text + _epilogue(self.residual, self.activation)
 
 
-AnyLayer = Layer | DomainLayer | LinearLayer
+AnyLayer = Layer | DomainLayer | LinearLayer | IntegerLayer
 
 
 def _epilogue(residual: bool, activation: str) -> str:
@@ -198,7 +204,7 @@ def _epilogue(residual: bool, activation: str) -> str:
 
 def is_generated(choice: str) -> bool:
     """Whether it is a kernel of ours."""
-    return choice == GEMM or rounds_more(choice)
+    return choice in (GEMM, INT8) or rounds_more(choice)
 
 
 def rounds_more(choice: str) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tersenet.kernels.bf16 import Bf16
+from tersenet.kernels.host import host
 from tersenet.kernels.sparse_linear import SparseLinear
 from tersenet.kernels.sparse_linear_call import algorithm_of, pack_linear, sparse_linear
 from tersenet.lowering.activations import ACTIVATIONS
@@ -18,6 +20,8 @@ from tersenet.lowering.calls import watched
 _BLOCK = 16  # outputs
 _MOST = {"sparse": 0.9, "scattered": 0.6}
 """Density of what a kernel keeps, above which there is nothing to gain: beside weights it reads where they are."""
+_HALF = "amx half"
+"""Of dense ones too: the weight in bfloat16."""
 _CUTS = ("none", "relu", "relu6")
 """Activations that the kernels know."""
 
@@ -36,13 +40,15 @@ class LinearLayer:
     def fits(self, choice: str) -> bool:
         """Whether the kernel `choice` can compute this, and less is left than it would have to gain by."""
         if choice not in _MOST:
-            return choice == "torch"
+            return choice in ("torch", _HALF)
         # Blocks are counted where that can matter: it takes a while.
         kept = self.density <= _MOST[choice]
         return kept and (choice == "scattered" or self.blocks <= _MOST[choice])
 
-    def algorithm(self, choice: str) -> SparseLinear:
+    def algorithm(self, choice: str) -> SparseLinear | Bf16:
         """Of a generated choice, on this processor. Raises: TersenetError where there are no kernels."""
+        if choice == _HALF:
+            return Bf16(host().amx())
         return algorithm_of(self.weight.shape[1], choice)
 
     @cached_property

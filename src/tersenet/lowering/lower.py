@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -13,23 +14,30 @@ from torch import Tensor, fx, nn
 
 from tersenet.errors import GraphError, TersenetError, UnknownNameError
 from tersenet.graph.copies import copied
-from tersenet.graph.model import random_like
+from tersenet.graph.example import checked, random_like
 from tersenet.graph.precision import full_float32
-from tersenet.graph.record import input_of
 from tersenet.lowering.assign import channels_last, chosen, kernels_offered, sizes_of
 from tersenet.lowering.fold import fold_affine
 from tersenet.lowering.fuse import fuse
-from tersenet.lowering.layers import CHOICES
+from tersenet.lowering.halves import has_tiles
+from tersenet.lowering.integer_modules import hand_on_levels
+from tersenet.lowering.integers import IntegerLayer
+from tersenet.lowering.layers import AMX_HALF, CHOICES
 from tersenet.lowering.modules import TorchConvolution, TorchDomain
 from tersenet.lowering.parts import lower_parts, merged
 from tersenet.lowering.pools import with_pools
 from tersenet.lowering.program import program
 from tersenet.lowering.report import LoweredReport
-from tersenet.lowering.verdict import ORDERED, compare, faster_than_lowered, in_order, passes
+from tersenet.lowering.segments import with_segments
+from tersenet.lowering.verdict import ORDERED, compare, faster_than_lowered, in_order, passes, sensitivity
 from tersenet.models.usable import unwrapped
+from tersenet.nn.quantized_operator import as_operator
 
+_FOLDABLE = frozenset(["tersenet.nn.quantized", "tersenet.nn.winograd"])
 _ERROR = 1e-3
 _HALF_ERROR = 5e-2
+_QUANTIZED_ERROR, _TIMES = 5e-2, 4
+"""Of a quantized network: or so many times what changing its inputs in their last digits does to it."""
 
 
 class Lowered(nn.Module):
@@ -50,7 +58,7 @@ class Lowered(nn.Module):
         super().__init__()
         self.graph = graph
         self.report = report
-        self._inputs = None if inputs is None else tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
+        self._inputs = None if inputs is None else tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
         self._order = order
         super().train(False)
 
@@ -68,13 +76,13 @@ class Lowered(nn.Module):
             return None
         if len(inputs) != len(self._inputs):
             return f"this lowered network takes {len(self._inputs)} inputs, not {len(inputs)}"
-        for number, (x, (shape, dtype)) in enumerate(zip(inputs, self._inputs, strict=True)):
+        for number, (x, (shape, dtype, device)) in enumerate(zip(inputs, self._inputs, strict=True)):
             if not isinstance(x, Tensor):
                 return f"input {number} of this lowered network must be a tensor, not {type(x).__name__}"
-            if x.shape[1:] != shape or x.dtype != dtype or x.device.type != "cpu":
+            if x.shape[1:] != shape or x.dtype != dtype or x.device != device:
                 return (
                     f"input {number} (={x.dtype} {tuple(x.shape)} on {x.device}) must be {dtype} of shape "
-                    f"{('N', *shape)} on the CPU, for which the network was lowered: lower it again for this one"
+                    f"{('N', *shape)} on {device}, for which the network was lowered: lower it again for this one"
                 )
         return None
 
@@ -94,7 +102,7 @@ def lower(
     threads: int | None = None,
     tolerance: float | None = None,
 ) -> Lowered:
-    """A copy of `model` for inference on this machine's CPU. The model is not changed.
+    """A copy of `model` for inference on this machine. The model is not changed.
 
     Batch norms are folded, sums and activations fused into convolutions, weights packed, memory is channels-last, and
     each convolution, and each pruned linear layer, runs on the kernel that was fastest when it was measured here, in
@@ -102,13 +110,15 @@ def lower(
     one that torch.export does not take, parts are lowered, as large as possible.
 
     Args:
-        model: float32, on the CPU; torch.export has to take it, or modules of it with convolutions.
+        model: float32, on the CPU; torch.export has to take it, or modules of it with convolutions. Or on a CUDA
+            device, in float32, float16 or bfloat16: then cuDNN is measured beside Triton's kernels, of which `choice`
+            names `F2`, `F4`, `F6`, `F2 tf32x3`, `F4 tf32x3` or `sparse`, and `half` and `threads` mean nothing.
         example: what forward takes: a tensor (N, ...) or a tuple of them. Its batch is what is measured with; any
             batch size runs. Other sizes are fixed.
         half: also try weights kept in 16 bits, and bfloat16 products on AMX; they are less exact.
         choice: `torch`, `direct`, `gemm`, `amx`, `F2`, `F4`, `F6`, `F2 amx`, `F4 amx`, `amx half`, `F2 half`,
-            `F4 half`, `sparse` or `scattered` for every layer that it fits, unmeasured; for the others `direct`, and
-            `torch` where that does not fit. None: measure.
+            `F4 half`, `sparse`, `scattered` or `int8` for every layer that it fits, unmeasured; for the others
+            `direct`, and `torch` where that does not fit. None: measure.
         threads: how many to measure with; by default torch's current number. The result runs on torch's number.
         tolerance: largest relative L2 error of an output; by default 1e-3, with 16-bit weights 5e-2.
 
@@ -118,15 +128,19 @@ def lower(
             `tolerance`.
     """
     model = unwrapped(model)
-    inputs: tuple[Tensor, ...] = tuple(example) if isinstance(example, (tuple, list)) else (example,)  # pyright: ignore
-    input_of(inputs)
+    inputs = checked(example)
+    if inputs[0].is_cuda:
+        from tersenet.lowering.on_gpu import lower_on_gpu
+
+        return lower_on_gpu(model, inputs, choice, tolerance)
     _check(model, inputs, choice, threads)
     uses_half = half or (choice or "").endswith("half")
     limit = tolerance if tolerance is not None else _HALF_ERROR if uses_half else _ERROR
     notes: list[str] = []
     with _threads(threads), full_float32(), torch.no_grad():
         try:
-            made = program(model, inputs)
+            with as_operator():
+                made = program(_folded(model), inputs)
         except GraphError as error:
             settings = {"half": half, "choice": choice, "tolerance": tolerance}
             network, reports = lower_parts(model, inputs, partial(lower, **settings))
@@ -134,18 +148,22 @@ def lower(
                 raise
             return Lowered(network, None, merged(reports, str(error), len(inputs[0]), torch.get_num_threads()))
         folded = fold_affine(made)
-        layers = fuse(made)
-        graph = _owned(made)
+        layers = fuse(made, linears=(half or choice == AMX_HALF) and has_tiles())
+        graph = owned(made)
         if choice != "torch":
             with_pools(graph)
         noise = random_like(inputs, seed=0)
         sizes = sizes_of(graph, layers, noise)
         offered = kernels_offered(half, choice, notes, layers.values())
         found = chosen(graph, layers, sizes, offered, noise, choice)
-        other = Counter(_operator(node) for node in graph.graph.nodes if node.op == "call_function")
+        hand_on_levels(graph)
+        with_segments(graph)
+        other = Counter(operator_name(node) for node in graph.graph.nodes if node.op == "call_function")
         for name in ("sym_size", "getitem"):
             other.pop(name, None)
         batch, used = len(inputs[0]), torch.get_num_threads()
+        if tolerance is None and any(isinstance(layer, IntegerLayer) for layer in layers.values()):
+            limit = max(limit, _QUANTIZED_ERROR, _TIMES * sensitivity(model, noise))
         error = 0.0
         for size in (batch, batch + 1):
             again = tuple(x if len(x) == size else torch.cat([x, x[:1]]) for x in noise)
@@ -177,6 +195,16 @@ def _check(model: nn.Module, inputs: tuple[Tensor, ...], choice: str | None, thr
             )
 
 
+def _folded(model: nn.Module) -> nn.Module:
+    """`model` with its quantized layers as they are deployed. Where no such class is loaded there is no such layer, and
+    what folds them takes a tenth of a second to load."""
+    if not _FOLDABLE & sys.modules.keys():
+        return model
+    from tersenet.exporting.deploy import deployed
+
+    return deployed(model, "folded")
+
+
 @contextmanager
 def _threads(count: int | None) -> Generator[None]:
     before = torch.get_num_threads()
@@ -187,7 +215,7 @@ def _threads(count: int | None) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _owned(made: fx.GraphModule) -> fx.GraphModule:
+def owned(made: fx.GraphModule) -> fx.GraphModule:
     """A module of the graph alone, whose tensors are nobody else's."""
     made.graph.eliminate_dead_code()
     graph = fx.GraphModule(made, made.graph)
@@ -201,6 +229,7 @@ def _owned(made: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def _operator(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
+    """Of a call of a function, without its overload."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.rpartition("::")[2] if schema is not None else getattr(node.target, "__name__", str(node.target))

@@ -19,8 +19,12 @@ from tersenet.kernels.winograd import BOUNDS, Call, Tables
 from tersenet.kernels.winograd import call as prepared
 from tersenet.lowering.activations import ACTIVATIONS
 from tersenet.lowering.calls import key_of, watched
+from tersenet.lowering.halves import HalfConvolution, HalfLinear
+from tersenet.lowering.integer_modules import build_integers
+from tersenet.lowering.integers import IntegerLayer
 from tersenet.lowering.layers import AMX, AMX_HALF, GEMM, SPARSE, WINOGRAD, AnyLayer, DomainLayer, Layer, Pair
 from tersenet.lowering.linears import LinearLayer, build_linear
+from tersenet.lowering.segments import Step
 from tersenet.ops.winograd import kronecker
 from tersenet.ops.winograd_relu import Activation as Winograd
 from tersenet.ops.winograd_relu import winograd_relu_conv2d
@@ -76,14 +80,14 @@ class TorchDomain(nn.Module):
 
 
 class GemmConvolution(TorchConvolution):
-    """A generated dense kernel, `gemm`, `amx` or `amx half`; plain torch for whoever watches operators, and for other
+    """A generated dense kernel, `gemm` or `amx`; plain torch for whoever watches operators, and for other
     types or memory orders."""
 
     def __init__(self, layer: Layer, choice: str) -> None:
         super().__init__(layer)
         weight = (layer.weight, layer.bias)
         moves = (layer.stride, layer.dilation, layer.groups)
-        self._packed = pack_gemm(*weight) if choice == GEMM else pack_amx(*weight, *moves, choice == AMX_HALF)
+        self._packed = pack_gemm(*weight) if choice == GEMM else pack_amx(*weight, *moves)
         self._moves, self._reuse = (self._packed.kernel, layer.stride, layer.padding), layer.reuse
         self._function = None if layer.activation in BOUNDS else ACTIVATIONS[layer.activation]
         self._cut_off = layer.activation if self._function is None else "none"
@@ -100,6 +104,10 @@ class GemmConvolution(TorchConvolution):
             return super().forward(x, residual)
         y = call.run(x, self._packed.tables, residual, residual if self._reuse else None)
         return y if self._function is None else self._function(y)
+
+    def step(self, x: Tensor, residual: Tensor | None = None) -> Step | None:
+        call = None if self._function is not None else self._call(x, residual)
+        return None if call is None else Step(call, self._packed.tables, self._reuse and residual is not None)
 
     def _call(self, x: Tensor, residual: Tensor | None) -> Call | None:
         """None where the kernel does not take these tensors."""
@@ -188,6 +196,13 @@ class WinogradConvolution(nn.Module):
                 self._calls[key] = self._call(x, residual)
         return y if self._function is None else self._function(y)
 
+    def step(self, x: Tensor, residual: Tensor | None = None) -> Step | None:
+        self._checked(x, residual)
+        ordered = x.stride(1) == 1 and (residual is None or residual.stride(1) == 1)
+        if self._function is not None or not ordered:
+            return None
+        return Step(self._call(x, residual), self._tables, self._is_reused(residual))
+
     def _is_reused(self, residual: Tensor | None) -> bool:
         return residual is not None and self._reuse and residual.is_contiguous(memory_format=torch.channels_last)
 
@@ -211,6 +226,8 @@ def reference(layer: AnyLayer) -> nn.Module:
     """`layer` by torch alone: it runs everywhere, and the others are judged by it."""
     if isinstance(layer, LinearLayer):
         return build_linear(layer, "torch")
+    if isinstance(layer, IntegerLayer):
+        return build_integers(layer, "torch")
     return TorchDomain(layer) if isinstance(layer, DomainLayer) else TorchConvolution(layer)
 
 
@@ -219,7 +236,9 @@ def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
     if choice == "torch":
         return reference(layer)
     if isinstance(layer, LinearLayer):
-        return build_linear(layer, choice)
+        return HalfLinear(layer) if choice == AMX_HALF else build_linear(layer, choice)
+    if isinstance(layer, IntegerLayer):
+        return build_integers(layer, choice)
     if isinstance(layer, DomainLayer):
         made = layer.algorithm(choice)
         settings = (layer.bias, made.m, made.isa.name, made.points, made.relu)
@@ -227,7 +246,9 @@ def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
         return WinogradConvolution(packed, layer.sides, layer.activation, layer.reuse)
     if choice == "direct":
         return DirectConvolution(layer, size)
-    if choice in (GEMM, AMX, AMX_HALF):
+    if choice == AMX_HALF:
+        return HalfConvolution(layer, TorchConvolution(layer))
+    if choice in (GEMM, AMX):
         return GemmConvolution(layer, choice)
     m, kept = WINOGRAD[choice]
     packed = pack(layer.weight, layer.bias, m, kept=kept)

@@ -1,4 +1,5 @@
-"""The runtimes that a lowered network is compared with, each as fast as its settings make it, all in float32."""
+"""The runtimes that a lowered network is compared with, each as fast as its settings make it, all in float32 or,
+with `half`, in bfloat16."""
 
 from __future__ import annotations
 
@@ -15,27 +16,35 @@ from torch import Tensor, nn
 
 from tersenet.exporting.onnx import export_onnx
 from tersenet.graph.copies import copied
-from tersenet.graph.trace import tensors_in
+from tersenet.graph.passes import tensors_in
 from tersenet.lowering.assign import channels_last
 
 Runner = Callable[[], list[Tensor]]
-Maker = Callable[[nn.Module, tuple[Tensor, ...], int, Path], Runner]
-"""Makes a runner of a network, its inputs, a number of threads, and a folder for files.
+Maker = Callable[[nn.Module, tuple[Tensor, ...], int, Path, bool], Runner]
+"""Makes a runner of a network, its inputs, a number of threads, a folder for files, and whether it
+is to compute in bfloat16.
 
 Raises: any exception of the runtime that can't run it.
 """
 
 
-def _eager(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+def _ordered(model: nn.Module, inputs: tuple[Tensor, ...], half: bool) -> tuple[Any, tuple[Tensor, ...]]:
+    """A copy of the network, and its inputs, in channels-last memory and in the type to compute in."""
     network = copied(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     ordered = tuple(map(channels_last, inputs))
+    if not half:
+        return network, ordered
+    return network.bfloat16(), tuple(x.bfloat16() if x.is_floating_point() else x for x in ordered)
+
+
+def _eager(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path, half: bool) -> Runner:
+    network, ordered = _ordered(model, inputs, half)
     return lambda: tensors_in(network(*ordered))
 
 
-def _compiled(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
-    network = copied(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+def _compiled(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path, half: bool) -> Runner:
+    network, ordered = _ordered(model, inputs, half)
     network: Any = torch.compile(network, options={"freezing": True})
-    ordered = tuple(map(channels_last, inputs))
 
     def run() -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
@@ -52,7 +61,9 @@ def _onnx_file(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Pa
     return path
 
 
-def _onnxruntime(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+def _onnxruntime(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path, half: bool) -> Runner:
+    if half:
+        raise RuntimeError("it has no bfloat16 kernels for the CPU")
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -62,14 +73,14 @@ def _onnxruntime(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, fol
     return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
 
 
-def _openvino(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+def _openvino(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path, half: bool) -> Runner:
     openvino = importlib.import_module("openvino")
     core = openvino.Core()
     read = core.read_model(str(_onnx_file(model, inputs, folder)))
     read.reshape({port: list(x.shape) for port, x in zip(read.inputs, inputs, strict=True)})
     # Its default precision is bfloat16 where the processor has it.
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -84,7 +95,7 @@ def _openvino(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder
     return run
 
 
-def _ncnn(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+def _ncnn(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path, half: bool) -> Runner:
     """ncnn takes one sample at a time."""
     ncnn, pnnx = importlib.import_module("ncnn"), importlib.import_module("pnnx")
     path = folder / "network.pt"
@@ -97,7 +108,7 @@ def _ncnn(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Pa
     net.opt.num_threads = threads
     for name in dir(net.opt):
         if name.startswith(("use_fp16", "use_bf16", "use_int8")):
-            setattr(net.opt, name, False)
+            setattr(net.opt, name, half and name.startswith("use_bf16"))
     if net.load_param(str(folder / "network.ncnn.param")) or net.load_model(str(folder / "network.ncnn.bin")):
         raise RuntimeError("ncnn does not know an operator of this network")
     arrays = [np.ascontiguousarray(x.numpy()) for x in inputs]
@@ -115,7 +126,9 @@ def _ncnn(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Pa
     return run
 
 
-def _mnn(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path) -> Runner:
+def _mnn(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, folder: Path, half: bool) -> Runner:
+    if half:
+        raise RuntimeError("its reduced precision is not bfloat16 on every processor")
     source, path = _onnx_file(model, inputs, folder), folder / "network.mnn"
     # In a process of its own, since it prints. Never import MNN.tools: it installs packages.
     convert = ["mnnconvert", "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(path), "--bizCode", "bench"]

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._ops import OpOverload
 
-from tersenet.errors import GraphError
-from tersenet.exporting.program import any_batch, batches, first_line
-from tersenet.graph.trace import evaluating
+from tersenet.errors import GraphError, first_line
+from tersenet.graph.passes import evaluating
+from tersenet.lowering.recorded import recorded
 from tersenet.nn.adapter import select_channels
 from tersenet.nn.winograd_relu_operator import as_operator
 
@@ -42,21 +42,11 @@ def program(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
     Raises:
         GraphError: the network can't be exported, serves one batch size only, or changes its own state.
     """
-    inputs = batches(example)[2]
-    name = type(model).__name__
     with evaluating(model), torch.no_grad(), as_operator():
-        try:
-            found = torch.export.export(model, inputs, dynamic_shapes=any_batch(model, inputs), strict=False)
-            made = found.module(check_guards=False)
-            if not _without_mutation(made):
-                made = found.run_decompositions({}).module(check_guards=False)
-        except Exception as error:
-            raise GraphError(
-                f"{name} can't be lowered, because torch.export does not take it: {type(error).__name__}: "
-                f"{first_line(error)}. If its forward branches by values, lower the part before the branch"
-            ) from error
-    assert isinstance(made, fx.GraphModule)
-    _check(made, name)
+        made = recorded(model, example)
+        if made is None or not _without_mutation(made):
+            made = _exported(model, example)
+    _check(made, type(model).__name__)
     for node in made.graph.nodes:
         if node.target in _CHECKS:
             made.graph.erase_node(node)
@@ -69,6 +59,27 @@ def program(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
     for node in made.graph.nodes:
         if node.target is _aten.index_select.default:
             node.target = select_channels  # torch's own gives images back with each channel apart from the others
+    return made
+
+
+def _exported(model: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
+    """torch.export's graph, which takes more networks, and more time. Raises: GraphError, as `program`."""
+    from tersenet.exporting.program import any_batch, batches
+
+    inputs, name = batches(example)[2], type(model).__name__
+    try:
+        found = torch.export.export(model, inputs, dynamic_shapes=any_batch(model, inputs), strict=False)
+        made = found.module(check_guards=False)
+        if not _without_mutation(made):
+            made = found.run_decompositions({}).module(check_guards=False)
+    except Exception as error:
+        raise GraphError(
+            f"{name} can't be lowered, because torch.export does not take it: {type(error).__name__}: "
+            f"{first_line(error)}. If its forward branches by values, lower the part before the branch"
+        ) from error
+    assert isinstance(made, fx.GraphModule)
+    if any(node.op == "placeholder" and isinstance(node.meta["val"].shape[0], int) for node in made.graph.nodes):
+        raise GraphError(f"{name} can't be lowered: its forward runs for a fixed batch size only")
     return made
 
 
@@ -116,13 +127,11 @@ def is_fresh(node: fx.Node, mutable: bool = False) -> bool:
 
 def _uses_statistics_of_the_batch(node: fx.Node) -> bool:
     """A norm whose running statistics change in the pass, though its schema does not say so."""
-    return node.target in _NORMS and len(node.args) > 5 and bool(node.args[5])
+    return node.target in _NORMS and len(node.args) > 5 and bool(node.args[5]) and node.args[3] is not None
 
 
 def _check(made: fx.GraphModule, name: str) -> None:
     for node in made.graph.nodes:
-        if node.op == "placeholder" and isinstance(node.meta["val"].shape[0], int):
-            raise GraphError(f"{name} can't be lowered: its forward runs for a fixed batch size only")
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             raise GraphError(f"{name} can't be lowered: its forward changes its own state or input ({node.target})")
@@ -175,7 +184,10 @@ def constant(made: fx.GraphModule, node: Any) -> Tensor | None:
 
 def attribute(made: fx.GraphModule, value: Tensor, before: fx.Node) -> fx.Node:
     """A new node that reads `value`, placed before another node."""
-    name = f"constant_{sum(1 for key, _ in made.named_buffers() if key.startswith('constant_'))}"
+    number = made.meta.get("constants", 0)
+    while hasattr(made, name := f"constant_{number}"):
+        number += 1
+    made.meta["constants"] = number + 1
     made.register_buffer(name, value.detach())
     with made.graph.inserting_before(before):
         node = made.graph.get_attr(name)

@@ -16,6 +16,7 @@ class LoweredLayer:
     choice -> median milliseconds inside the network, empty where the choice was forced. `error`: relative L2 distance
     from torch's result for the same input and folded weight. `density`: share of the weights that are not zero, of a
     layer of the Winograd domain and of a linear one. `rejected`: faster choices whose error was too large.
+    `narrow`: the result stays bfloat16 in memory.
     """
 
     name: str
@@ -26,6 +27,7 @@ class LoweredLayer:
     error: float
     density: float | None = None
     rejected: tuple[str, ...] = ()
+    narrow: bool = False
 
 
 @dataclass(frozen=True)

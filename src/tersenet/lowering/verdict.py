@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tersenet.errors import GraphError
 from tersenet.graph.copies import copied
-from tersenet.graph.trace import evaluating, tensors_in
+from tersenet.graph.passes import evaluating, tensors_in
 from tersenet.lowering.assign import channels_last, distance, run_graph
 from tersenet.lowering.choose import described
 from tersenet.lowering.contest import passes_timed
@@ -20,6 +21,7 @@ from tersenet.lowering.report import LoweredLayer
 from tersenet.lowering.timings import remembered
 
 LOWERED, ORIGINAL, ORDERED = "lowered", "as it was", "in channels-last memory"
+_LAST_DIGITS = 1e-6
 _MARGIN = 0.98
 """Passes vary by about 2 %; within that a network stays lowered."""
 
@@ -37,6 +39,21 @@ def compare(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Tensor, ...],
             f"batch size {batch}), more than the tolerance of {limit:.0e}. Try choice='F2' or 'direct', without half"
         )
     return error
+
+
+def sensitivity(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """The largest relative L2 distance that an output moves when inputs change in their last digits, or all is computed
+    in float64: where values are rounded to few levels, some fall on the next one, and layers behind them follow. Right
+    after calibration many lie between two levels, and how float32 rounds decides."""
+    floats = [x.is_floating_point() for x in inputs]
+    near = tuple(x * (1 + _LAST_DIGITS) if real else x for x, real in zip(inputs, floats, strict=True))
+    with evaluating(model):
+        before, after = (tensors_in(run_graph(model, tuple(x.clone() for x in one))) for one in (inputs, near))
+        others = [after]
+        with suppress(Exception):  # a network that is for float32 alone
+            wide = (x.double() if real else x for x, real in zip(inputs, floats, strict=True))
+            others.append(tensors_in(copied(model).double()(*wide)))
+    return max((distance(a, b) for other in others for a, b in zip(other, before, strict=True)), default=0.0)
 
 
 def passes(

@@ -109,10 +109,10 @@ Wanted = tuple[nn.Conv2d, Shape, Tile, int | None]
 def measure_table(layers: Iterable[Wanted], batch: int = 1) -> LatencyTable:
     """Time every layer of `layers` that differs, for `batch` images, on torch's current number of threads.
 
-    Floating point is timed with the kernels that `tersenet lower` chooses among, the direct convolution at 8 bits with
-    ONNX Runtime's where that is installed. What no kernel here computes in fewer bits (Winograd layers, and 16 bits)
-    costs what it does in floating point: this machine would compute it so. All times are kept in the cache folder, so
-    that the same question has the same answer.
+    Floating point is timed with the kernels that `tersenet lower` chooses among, and 8 bits and fewer with those in
+    integers that it has; where there are none, the direct convolution at 8 bits with ONNX Runtime's. What nothing here
+    computes in fewer bits (16 bits, or groups of channels) costs what it does in floating point: this machine would
+    compute it so. All times are kept in the cache folder, so that the same question has the same answer.
     """
     rows: dict[tuple[Shape, Tile, int | None], Row] = {}
     for conv, shape, tile, bits in layers:
@@ -126,8 +126,9 @@ def measure_table(layers: Iterable[Wanted], batch: int = 1) -> LatencyTable:
 
 def _cached(conv: nn.Conv2d, shape: Shape, tile: Tile, bits: int | None, batch: int) -> tuple[float, str]:
     from tersenet.kernels import cache
+    from tersenet.lowering.integer_times import names
 
-    versions = (torch.__version__, installed("tersenet"), installed("onnxruntime"))
+    versions = (torch.__version__, installed("tersenet"), installed("onnxruntime"), names())
     # Padding by other values than zeros takes other kernels.
     padding = conv.padding if conv.padding_mode == "zeros" else (conv.padding, conv.padding_mode)
     key = repr((processor(), versions, shape, tile, bits, batch, torch.get_num_threads(), padding)).encode()
@@ -142,6 +143,12 @@ def _cached(conv: nn.Conv2d, shape: Shape, tile: Tile, bits: int | None, batch: 
 
 
 def _measured(conv: nn.Conv2d, shape: Shape, tile: Tile, bits: int | None, batch: int) -> tuple[float, str]:
+    if bits is not None and bits <= 8:
+        from tersenet.lowering.integer_times import in_integers
+
+        ms = in_integers(conv, (batch, conv.in_channels, *_input_size(conv, shape)), tile, bits)
+        if ms is not None:
+            return ms, f"{tile if tile == 'direct' else f'F{tile}'} int8"
     if bits == 8 and tile == "direct":
         found = _int8(conv, shape, batch)
         if found is not None:

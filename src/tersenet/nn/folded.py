@@ -12,6 +12,7 @@ from tersenet.nn.adapter import select_channels
 from tersenet.nn.group_shuffle import OrderedConv2d
 from tersenet.nn.levels import Levels
 from tersenet.nn.quantized import QuantizedConv2d
+from tersenet.nn.quantized_operator import QuantizedConvolution, called, is_operator
 from tersenet.nn.winograd import WinogradConv2d
 from tersenet.nn.winograd_quantizer import FakeQuantizer
 from tersenet.ops.fake_quantize import Rounding, round_to
@@ -70,10 +71,21 @@ class FoldedConv2d(FoldedLayer):
     def compute(self, x: Tensor) -> Tensor:
         if any(self.edges):
             x = nn.functional.pad(x, self.edges, mode=self.padding_mode)
+        if is_operator():
+            return called(self.as_convolution(), x)
         x = _rounded(self.input, x)
         weight = self.weight if self.weight_levels is None else self.weight_levels.values(self.weight).to(x.dtype)
         y = nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return _rounded(self.output, y)
+
+    def as_convolution(self) -> QuantizedConvolution:
+        """What it computes once its own padding is around the input."""
+        rows, columns = self.padding
+        return QuantizedConvolution(
+            self.weight, _scale(self.weight_levels), self.bias, input=_scale(self.input), output=_scale(self.output),
+            bits=_bits(self.input, None, None, self.output, self.weight_levels), kernel=self.weight.shape[2:],
+            stride=self.stride, padding=(rows, rows, columns, columns), dilation=self.dilation, groups=self.groups,
+        )  # fmt: skip
 
 
 class FoldedWinogradConv2d(FoldedLayer):
@@ -128,6 +140,8 @@ class FoldedWinogradConv2d(FoldedLayer):
     def compute(self, x: Tensor) -> Tensor:
         if any(self.edges):
             x = nn.functional.pad(x, self.edges, mode=self.padding_mode)
+        if is_operator() and x.dtype == self.bb.dtype:
+            return called(self.as_convolution(), x)
         n, _, h, w = x.shape
         at, kind, x = self.geometry, x.dtype, x.to(self.bb.dtype)
         (top, _), (left, _) = at.padding
@@ -139,6 +153,18 @@ class FoldedWinogradConv2d(FoldedLayer):
         y = assembled(self.aa, m, None, at, (n, h, w), False)
         y = y if self.bias is None else y + self.bias.view(-1, 1, 1)
         return _rounded(self.output, y).to(kind).contiguous()
+
+    def as_convolution(self) -> QuantizedConvolution:
+        """What it computes once its own padding is around the input."""
+        own = self.geometry
+        at, bt = ([number for row in matrix for number in row] for matrix in (self.at, self.bt))
+        return QuantizedConvolution(
+            self.weight, _scale(self.weight_winograd), self.bias, input=_scale(self.input),
+            transformed=_scale(self.input_winograd), product=_scale(self.product), output=_scale(self.output),
+            aa=self.aa, bb=self.bb, at=at, bt=bt, kernel=own.kernel, stride=own.stride, dilation=own.dilation,
+            bits=_bits(self.input, self.input_winograd, self.product, self.output, self.weight_winograd),
+            padding=(*own.padding[0], *own.padding[1]), groups=own.groups,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"F({self.geometry.tile}, {self.geometry.taps}), weight={tuple(self.weight.shape)}"
@@ -210,3 +236,11 @@ def _levels(quantizer: nn.Module) -> Levels:
 
 def _rounded(levels: Levels | None, values: Tensor) -> Tensor:
     return values if levels is None else levels(values)
+
+
+def _scale(levels: Levels | None) -> Tensor | None:
+    return None if levels is None else levels.whole
+
+
+def _bits(*stages: Levels | None) -> list[int]:
+    return [0 if levels is None else levels.rounding.bits for levels in stages]

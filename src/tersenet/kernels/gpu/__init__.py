@@ -1,0 +1,1 @@
+"""Winograd's convolution on GPUs, as Triton kernels. Nothing here needs Triton before a kernel runs."""
