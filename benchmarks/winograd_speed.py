@@ -7,8 +7,8 @@ from as far as in a network; times are a third of that. Contenders run in turns,
 timed one, so that it is one of many; `first_ms` is a single pass straight behind another contender's, of whose memory
 the second-level cache is full. They are `eager`, which packs its weight anew in
 every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx`, `F2 amx` and `F4 amx` where the
-processor has it; `direct bf16` and `amx half` are bfloat16, between layers too, and compared with each other
-only. On one thread processor
+processor has it; `direct bf16` and `amx half` are bfloat16, between layers too, `F2 amx half` in its products alone, and
+compared with each other only. On one thread processor
 time counts, else wall time. `gflops` counts the direct convolution's operations for every contender, and `error` is the
 relative L2 distance of the third layer's result from float64.
 
@@ -43,7 +43,7 @@ from tersenet.measuring.turns import in_turns, warm_in_turns
 RESULT = Path(__file__).with_suffix(".json")
 DEPTH = 3
 CHOICES = {"eager": "torch", "direct": "direct", "F2": "F2", "F4": "F4", "F6": "F6"}
-ON_AMX = ("amx", "F2 amx", "F4 amx", "amx half", "direct bf16")
+ON_AMX = ("amx", "F2 amx", "F4 amx", "amx half", "F2 amx half", "direct bf16")
 # Images, channels and side of the map: the layers of ResNet-18 and VGG-16, and some of them for eight images.
 SHAPES = (
     (1, 64, 56), (1, 128, 28), (1, 256, 14), (1, 512, 7),
@@ -128,7 +128,9 @@ def measured(images: int, channels: int, side: int, rounds: int) -> dict[str, An
         "best_winograd": winograd,
         "times_faster": {name: times[name] / times[best] for name in ("eager", "direct")},
         "winograd_times_faster": {name: times[name] / times[winograd] for name in ("eager", "direct")},
-        "half_times_faster": times["direct bf16"] / times["amx half"] if "amx half" in times else None,
+        "half_times_faster": {
+            name: times["direct bf16"] / times[name] for name in ("amx half", "F2 amx half") if name in times
+        },
         "error": errors,
     }
 

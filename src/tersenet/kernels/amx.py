@@ -71,11 +71,12 @@ def generate_amx(algorithm: Amx) -> str:
 _PARAMETERS = "ptr %context, ptr noalias %v, ptr noalias %u, ptr noalias %m"
 
 
-def product_kernels(module: Module, isa: Isa) -> None:
-    """`product`: the sums of 16 or 32 pixels by 16 or 32 output channels, to M[16 channels][pixel][16]."""
+def product_kernels(module: Module, isa: Isa, parts: int = PARTS) -> None:
+    """`product`: the sums of 16 or 32 pixels by 16 or 32 output channels, to M[16 channels][pixel][16]; `parts` of each
+    number, 2 or 1."""
     kinds = list(itertools.product((1, 2), range(1, isa.columns + 1)))
     for rows, columns in kinds:
-        _kernel(module, isa, rows, columns)
+        _kernel(module, isa, rows, columns, parts)
     f = module.function("product", f"{_PARAMETERS}, i64 %rows, i64 %columns", inline=True)
     typed = _PARAMETERS.replace("noalias ", "").split(", ")
     f.switch(
@@ -87,14 +88,15 @@ def product_kernels(module: Module, isa: Isa) -> None:
     )
 
 
-def _kernel(module: Module, isa: Isa, rows: int, columns: int) -> None:
+def _kernel(module: Module, isa: Isa, rows: int, columns: int, parts: int) -> None:
     f = module.function(f"product_{rows}_{columns}", _PARAMETERS)
     c = ContextReader(f, "chunks", "size_high", "size_wide", "tap_high", "tap_wide", "v_vector", "v_low", "m_vector")
     sums = list(itertools.product(range(rows), range(columns)))
     tiles = Tiles(f)
     for row, column in sums:
         tiles.zero(row * columns + column)
-    step = PARTS * isa.columns * TILE
+    step = parts * isa.columns * TILE
+    terms = _TERMS if parts == PARTS else (("high", "high"),)
     taps = f.mul(c["size_high"], c["size_wide"])
     with f.loop(c["chunks"]) as chunk:
         v = f.offset("%v", f.mul(chunk.index, c["v_vector"]))
@@ -105,16 +107,16 @@ def _kernel(module: Module, isa: Isa, rows: int, columns: int) -> None:
             with f.loop(c["size_wide"]) as wide:
                 a = f.offset(line, f.mul(wide.index, c["tap_wide"]))
                 b = f.offset(weights, f.mul(wide.index, step))
-                parts = {"high": a, "low": f.offset(a, c["v_low"])}
-                weighed = {"low": b, "high": f.offset(b, isa.columns * TILE)}
+                pixels = {"high": a, "low": f.offset(a, c["v_low"])}
+                weighed = {"low": b, "high": f.offset(b, (parts - 1) * isa.columns * TILE)}
 
                 # Loads between products that don't wait for them.
-                for (a_before, b_before), (a_part, b_part) in itertools.pairwise((("", ""), *_TERMS)):
+                for (a_before, b_before), (a_part, b_part) in itertools.pairwise((("", ""), *terms)):
                     for row, column in sums:
                         if row == 0 and b_part != b_before:
                             tiles.load(6 + column, f.offset(weighed[b_part], column * TILE))
                         if column == 0 and a_part != a_before:
-                            tiles.load(4 + row, f.offset(parts[a_part], row * TILE))
+                            tiles.load(4 + row, f.offset(pixels[a_part], row * TILE))
                         tiles.multiply(row * columns + column, 4 + row, 6 + column)
     for row, column in sums:
         place = f.add(f.mul(c["m_vector"], column), row * TILE)

@@ -10,11 +10,13 @@ from tersenet.kernels.ir import Module
 from tersenet.ops.cook_toom import Transforms
 
 
-def amx_product_block(module: Module, isa: Isa, transforms: Transforms) -> None:
+def amx_product_block(module: Module, isa: Isa, transforms: Transforms, parts: int) -> None:
     """M of the block `%number` for the blocks of output channels from `%begin` to `%end`: all taps, all input channels.
 
     * U[block of output channels][tap][chunk of 32 inputs][low, high][column][pair of inputs][16 outputs x 2]
     * V[tap][chunk][high, low][tile][32]
+
+    With `parts` 1 there is nothing low.
     """
     f = module.function(
         "product_block", "ptr %context, ptr noalias %v, ptr noalias %m, i64 %number, i64 %begin, i64 %end"
@@ -23,7 +25,7 @@ def amx_product_block(module: Module, isa: Isa, transforms: Transforms) -> None:
     tiles = Tiles(f)
     tiles.begin()
     count = tiles_of_block(f, "%number")
-    panel = f.mul(c["chunks"], 2 * isa.columns * TILE)
+    panel = f.mul(c["chunks"], parts * isa.columns * TILE)
     output_panels = f.mul(panel, transforms.t**2)
     with f.loop(transforms.t**2) as tap, f.loop("%end", start="%begin") as output:
         u = f.offset(c["weight"], f.add(f.mul(output.index, output_panels), f.mul(tap.index, panel)))

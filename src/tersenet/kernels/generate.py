@@ -22,13 +22,15 @@ R = 3
 # The points of every library: pairs p, -p make the transforms cheap. Errors in float32 are below 1e-5 up to F(6, 3).
 POINTS = "lavin"
 OUTPUTS = (2, 4, 6)
+PARTS = {"parts": 2, "bfloat16": 1}
+"""Of each number, by how weights are kept; transformed inputs have as many."""
 TASKS = ("run_private", "run_input", "run_product")
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float", as "half" or, for AMX, in
-    bfloat16 "parts"; of a pruned one only what is left: "sparse" in blocks of a vector of output channels, "scattered"
+    """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float", as "half" or, for AMX, in two
+    bfloat16 "parts" or rounded to "bfloat16"; of a pruned one only what is left: "sparse" in blocks of a vector of output channels, "scattered"
     one by one. `relu`: a ReLU between the input transform and the product.
 
     Raises:
@@ -57,16 +59,21 @@ class Algorithm:
         return self.m + R - 1
 
     @property
+    def parts(self) -> int:
+        """bfloat16 numbers in the place of one float; 0 where there are none."""
+        return PARTS.get(self.weight, 0)
+
+    @property
     def transforms(self) -> Transforms:
         return cook_toom(self.m, R, self.points)
 
 
 def isa_of(kept: str, name: str | None = None) -> Isa:
-    """What a weight that is kept so runs on: the instructions called `name`, or the best; for parts AMX.
+    """What a weight that is kept so runs on: the instructions called `name`, or the best; for bfloat16 AMX.
 
     Raises: TersenetError where that is not to be had.
     """
-    return host().amx() if kept == "parts" else host().isa(name)
+    return host().amx() if kept in PARTS else host().isa(name)
 
 
 def generate(algorithm: Algorithm) -> str:
@@ -76,7 +83,7 @@ def generate(algorithm: Algorithm) -> str:
     wide = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
     module = Module(algorithm.isa.width, wide)
     transforms = algorithm.transforms
-    input_transforms(module, transforms, algorithm.relu, algorithm.weight == "parts")
+    input_transforms(module, transforms, algorithm.relu, algorithm.parts)
     output_transforms(module, transforms)
     if algorithm.weight == "scattered":
         scattered_kernels(module, algorithm.isa)
@@ -85,9 +92,9 @@ def generate(algorithm: Algorithm) -> str:
     if algorithm.weight == "sparse":
         sparse_kernels(module, algorithm.isa)
         sparse_product_block(module, algorithm.isa, transforms)
-    elif algorithm.weight == "parts":
-        amx_kernels(module, algorithm.isa)
-        amx_product_block(module, algorithm.isa, transforms)
+    elif algorithm.parts:
+        amx_kernels(module, algorithm.isa, algorithm.parts)
+        amx_product_block(module, algorithm.isa, transforms, algorithm.parts)
     else:
         product_kernels(module, algorithm.isa, algorithm.weight)
         product_block(module, algorithm.isa, transforms, algorithm.weight)

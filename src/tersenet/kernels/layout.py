@@ -51,11 +51,11 @@ def layout(
     # One line between taps: with strides of a power of two they would all meet in the same set of the cache.
     v_vector = m_vector = cut.block * isa.width
     chunks = 0
-    if algorithm.weight == "parts":
+    if algorithm.parts:
         chunks = -(-channels // CHUNK)
         vectors = 2 * chunks  # the last one may have no channels, and is zero
         m_vector = -(-cut.block // LINE) * TILE
-        v_vector = 2 * m_vector
+        v_vector = algorithm.parts * m_vector
     v_tap, m_tap = (chunks or vectors) * v_vector + LINE, isa.columns * m_vector + LINE
     own = taps * cut.groups * (cut.output_step * m_tap + (0 if cut.shared else v_tap))
     units = -(-blocks // cut.groups)

@@ -75,7 +75,7 @@ def _cpu(
     points: str = POINTS,
     relu: bool = False,
 ) -> Tensor:
-    algorithm = _algorithm(m, isa, weight.dtype, points, relu)
+    algorithm = _algorithm(m, isa, weight.dtype, weight.shape[-1:], points, relu)
     pads = (padding[0], padding[1])
     _check(x, weight, bias, residual, pads, out_channels, algorithm, activation)
     return run(x, Tables(weight, bias), residual, pads, out_channels, algorithm, activation)
@@ -112,9 +112,15 @@ torch.library.register_autograd("tersenet::winograd_conv2d", no_backward, lib=_l
 
 
 @functools.lru_cache(maxsize=256)
-def _algorithm(m: int, isa: str, weight: torch.dtype, points: str, relu: bool) -> Algorithm:
+def _algorithm(
+    m: int, isa: str, weight: torch.dtype, channels: tuple[int, ...], points: str, relu: bool
+) -> Algorithm:
+    """`channels`: the last size of a packed weight, which tells one bfloat16 part from two."""
+    own = host().isa(isa)
     kept = {kind: name for name, kind in WEIGHT_TYPES.items()}.get(weight, "float")
-    return Algorithm(m, host().isa(isa), kept, points, relu)
+    if weight == torch.bfloat16 and channels == (2 * own.channels,):
+        kept = "parts"
+    return Algorithm(m, own, kept, points, relu)
 
 
 def _check(

@@ -14,7 +14,7 @@ from tersenet.kernels.generate import POINTS, Algorithm, R, isa_of
 from tersenet.kernels.memory import settled
 from tersenet.kernels.product import QUAD
 
-WEIGHT_TYPES = {"float": torch.float32, "half": torch.float16, "parts": torch.bfloat16}
+WEIGHT_TYPES = {"float": torch.float32, "half": torch.float16, "parts": torch.bfloat16, "bfloat16": torch.bfloat16}
 # The largest weight of a channel is below 2^14; the smallest normal one is 2^-14.
 _HALF_EXPONENT = 14
 
@@ -44,8 +44,9 @@ def pack(weight: Tensor, bias: Tensor | None = None, m: int = 4, isa: str | None
         isa: A set of vector instructions that this processor has; the best by default.
         kept: "float"; "half", which keeps the transformed weight in 16 bits (11 of them significant) and calculates in
             float32: half the memory traffic, which limits layers with many channels and few pixels, at a relative error
-            of about 4e-4 for F2, 2e-3 for F4 and 4e-3 for F6; or "parts", which makes the products of bfloat16 parts on
-            AMX's tiles: 7e-6 for F2, 4e-5 for F4.
+            of about 4e-4 for F2, 2e-3 for F4 and 4e-3 for F6; "parts", which makes the products of bfloat16 parts on
+            AMX's tiles: 7e-6 for F2, 4e-5 for F4; or "bfloat16", the same with transformed inputs and weights rounded
+            to one such part: 4e-3 for F2.
 
     Raises:
         TersenetError: another shape, empty or not on the CPU; m, isa or a kind of weight that is not offered.
@@ -80,7 +81,7 @@ def pack_domain(
         isa: A set of vector instructions that this processor has; the best by default.
         points: Of the transforms that the weight was trained with.
         relu: Whether the layer has its ReLU behind the input transform.
-        kept: "float", "half" or "parts", see `pack`.
+        kept: "float", "half", "parts" or "bfloat16", see `pack`.
 
     Raises:
         TersenetError: another shape, empty or not on the CPU; m, isa or a kind of weight that is not offered.
@@ -119,8 +120,8 @@ def _packed(u: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Packed:
         scale = torch.exp2(_HALF_EXPONENT - torch.frexp(u.abs().amax((1, 2))).exponent.double())
     full = torch.zeros(blocks * block, taps, padded_inputs, dtype=torch.float64, device="cpu")
     full[:outputs, :, :inputs] = u * scale[:, None, None]
-    if algorithm.weight == "parts":
-        packed = settled(in_tiles(full.float(), algorithm.isa))
+    if algorithm.parts:
+        packed = settled(in_tiles(full.float(), algorithm.isa, algorithm.parts))
         packed = packed.view(packed_shape(algorithm, outputs, inputs))
     else:
         full = full.to(WEIGHT_TYPES[algorithm.weight])
@@ -133,9 +134,9 @@ def _packed(u: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Packed:
 
 
 def packed_shape(algorithm: Algorithm, out_channels: int, in_channels: int) -> tuple[int, int, int, int]:
-    """(blocks of output channels, taps, C_in, channels of a block), padded to whole blocks and quads; of one in parts
-    C_in is padded to whole tiles, and there are two parts for each channel."""
+    """(blocks of output channels, taps, C_in, channels of a block), padded to whole blocks and quads; of one in
+    bfloat16 C_in is padded to whole tiles, and there are one or two parts for each channel."""
     block = algorithm.isa.channels
-    if algorithm.weight == "parts":
-        return -(-out_channels // block), algorithm.t**2, -(-in_channels // CHUNK) * CHUNK, 2 * block
+    if algorithm.parts:
+        return -(-out_channels // block), algorithm.t**2, -(-in_channels // CHUNK) * CHUNK, algorithm.parts * block
     return -(-out_channels // block), algorithm.t**2, -(-in_channels // QUAD) * QUAD, block

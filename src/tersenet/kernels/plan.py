@@ -38,7 +38,7 @@ def plan(algorithm: Algorithm, tiles: int, in_channels: int, out_channels: int, 
     outputs = -(-out_channels // isa.channels)
     if algorithm.weight == "scattered":
         return _scattered(algorithm, tiles, outputs, threads, l2_bytes)
-    if algorithm.weight == "parts":
+    if algorithm.parts:
         return _parts(tiles, in_channels, outputs, threads)
     shared = tiles <= _FEW_TILES
     output_step = 1  # so that a weight is read in the order of memory

@@ -17,9 +17,9 @@ from tersenet.kernels.linear import apply
 from tersenet.ops.cook_toom import Transforms
 
 
-def input_transforms(module: Module, transforms: Transforms, relu: bool, parts: bool = False) -> None:
+def input_transforms(module: Module, transforms: Transforms, relu: bool, parts: int = 0) -> None:
     """`input_inner` and `input_careful`: B^T d B of one tile, with `relu` its ReLU. Tap k goes to `%v` + k `v_tap`;
-    with `parts` as high and low bfloat16 numbers, these `v_low` behind those.
+    with `parts` 2 as high and low bfloat16 numbers, these `v_low` behind those, with 1 rounded to one.
 
     `%x` is the tile's first pixel. For `input_careful` it may lie outside the image: pixels from row `%top` and column
     `%left` on that are outside, and channels from `%channels` on, are not read and count as zero.
@@ -106,7 +106,7 @@ def _half_column(f: Function, transforms: Transforms, places: list[str], masks: 
 
 
 def _taps_of_input(
-    f: Function, transforms: Transforms, relu: bool, c: ContextReader, half: list[list[str]], parts: bool
+    f: Function, transforms: Transforms, relu: bool, c: ContextReader, half: list[list[str]], parts: int
 ) -> None:
     """(B^T d) B, or its ReLU; `half` has the columns of B^T d."""
     t = transforms.t
@@ -115,7 +115,8 @@ def _taps_of_input(
             value = f.vpositive(value) if relu else value
             place = f.offset("%v", f.mul(c["v_tap"], i * t + j))
             if parts:
-                for part, line in zip(halves(f, value), (place, f.offset(place, c["v_low"])), strict=True):
+                lines = (place, f.offset(place, c["v_low"]))[:parts]
+                for part, line in zip(halves(f, value), lines, strict=False):
                     f.store(HALF, part, line, 32)
             else:
                 f.vstore(value, place, align=4 * f.module.width)

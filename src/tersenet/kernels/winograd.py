@@ -133,7 +133,7 @@ def call(
     made = kernels(algorithm).tasks
     tasks = tuple(made[name] for name in (("run_input", "run_product") if laid.shared else ("run_private",)))
     floats = laid.shared_floats + laid.threads * laid.thread_floats
-    is_parts = algorithm.weight == "parts"
+    is_parts = algorithm.parts > 0
     return Call(shape, bytes(context), tasks, laid.threads, floats, 4 * laid.shared_floats, is_parts)
 
 

@@ -29,8 +29,10 @@ WINOGRAD = {
     "F4 half": (4, "half"),
     "F2 amx": (2, "parts"),
     "F4 amx": (4, "parts"),
+    "F2 amx half": (2, "bfloat16"),
 }
-"""Choice -> m, and how the packed weight is kept. F6 of parts is less exact, and no faster than F4."""
+"""Choice -> m, and how the packed weight is kept. F6 of parts is less exact, and no faster than F4; F4 rounded to
+bfloat16 is off by 2 %."""
 SPARSE = ("sparse", "scattered")
 """Choices that leave out what is pruned, by F(m, 3) of the layer's own m: blocks of a vector of output channels that
 are all zero, or single weights."""

@@ -116,9 +116,9 @@ def lower(
         example: what forward takes: a tensor (N, ...) or a tuple of them. Its batch is what is measured with; any
             batch size runs. Other sizes are fixed.
         half: also try weights kept in 16 bits, and bfloat16 products on AMX; they are less exact.
-        choice: `torch`, `direct`, `gemm`, `amx`, `F2`, `F4`, `F6`, `F2 amx`, `F4 amx`, `amx half`, `F2 half`,
-            `F4 half`, `sparse`, `scattered` or `int8` for every layer that it fits, unmeasured; for the others
-            `direct`, and `torch` where that does not fit. None: measure.
+        choice: `torch`, `direct`, `gemm`, `amx`, `F2`, `F4`, `F6`, `F2 amx`, `F4 amx`, `amx half`, `F2 amx half`,
+            `F2 half`, `F4 half`, `sparse`, `scattered` or `int8` for every layer that it fits, unmeasured; for the
+            others `direct`, and `torch` where that does not fit. None: measure.
         threads: how many to measure with; by default torch's current number. The result runs on torch's number.
         tolerance: largest relative L2 error of an output; by default 1e-3, with 16-bit weights 5e-2.
 
