@@ -30,8 +30,8 @@ TASKS = ("run_private", "run_input", "run_product")
 @dataclass(frozen=True)
 class Algorithm:
     """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float", as "half" or, for AMX, in two
-    bfloat16 "parts" or rounded to "bfloat16"; of a pruned one only what is left: "sparse" in blocks of a vector of output channels, "scattered"
-    one by one. `relu`: a ReLU between the input transform and the product.
+    bfloat16 "parts" or rounded to "bfloat16"; of a pruned one only what is left: "sparse" in blocks of a vector of
+    output channels, "scattered" one by one. `relu`: a ReLU between the input transform and the product.
 
     Raises:
         TersenetError: another m; half weights where the processor can't convert them.

@@ -112,9 +112,7 @@ torch.library.register_autograd("tersenet::winograd_conv2d", no_backward, lib=_l
 
 
 @functools.lru_cache(maxsize=256)
-def _algorithm(
-    m: int, isa: str, weight: torch.dtype, channels: tuple[int, ...], points: str, relu: bool
-) -> Algorithm:
+def _algorithm(m: int, isa: str, weight: torch.dtype, channels: tuple[int, ...], points: str, relu: bool) -> Algorithm:
     """`channels`: the last size of a packed weight, which tells one bfloat16 part from two."""
     own = host().isa(isa)
     kept = {kind: name for name, kind in WEIGHT_TYPES.items()}.get(weight, "float")
