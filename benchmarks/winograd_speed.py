@@ -8,7 +8,8 @@ timed one, so that it is one of many; `first_ms` is a single pass straight behin
 the second-level cache is full. They are `eager`, which packs its weight anew in
 every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx`, `F2 amx` and `F4 amx` where the
 processor has it; `direct bf16` and `amx half` are bfloat16, between layers too, `F2 amx half` in its products alone;
-they are compared with each other only. On one thread processor time counts, else wall time. `gflops` counts the direct convolution's operations for every contender, and `error` is the
+they are compared with each other only. On one thread processor time counts, else wall time. `gflops` counts the
+direct convolution's operations for every contender, and `error` is the
 relative L2 distance of the third layer's result from float64.
 
 Nothing else should run meanwhile. Writes winograd_speed.json beside this file after each row; a row that is in it, from
