@@ -184,6 +184,16 @@ def test_what_is_no_weight_is_refused(weight: Tensor, groups: int, message: str)
         pack_bf16(weight, groups=groups)
 
 
+@needs_amx
+def test_rows_of_more_numbers_than_16_bits_count_have_their_borders() -> None:
+    """2100 pixels of 16 channels, which follow each other in V."""
+    run(torch.full((1, 64, 8, 600), 1e6).contiguous(memory_format=torch.channels_last), torch.ones(32, 64, 3, 3))
+    x, weight = noise(1, 16, 2, 2100), noise(8, 16, 3, 3, seed=1)
+    assert pack_bf16(weight).interleaved
+    found, expected = run(x, weight, padding=(1, 1)), F.conv2d(rounded(x), rounded(weight), padding=1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     images=st.integers(1, 40),

@@ -11,6 +11,8 @@ from kernel_support import exact, relative_error, same
 from torch import Tensor, nn
 
 from tersenet.errors import TersenetError, UnknownNameError
+from tersenet.kernels.generate import Algorithm
+from tersenet.kernels.host import AMX, host
 from tersenet.kernels.operator import winograd_conv2d
 from tersenet.kernels.pack import pack
 
@@ -151,6 +153,18 @@ def test_a_weight_packed_for_other_vectors_is_refused() -> None:
         call(x, strided, packed.bias, None, [1, 1], 40, 4, name, "none")
     with pytest.raises(UnknownNameError):
         call(x, packed.weight, packed.bias, None, [1, 1], 40, 4, "avx", "none")
+
+
+def test_tiles_take_the_weights_that_are_made_for_them_and_no_others() -> None:
+    """Their sizes may be those of other vectors' weights; the code would read beyond them, or there is none."""
+    for isa, kinds in ((AMX, ("float", "half", "sparse", "scattered")), (host().isa(), ("parts", "bfloat16"))):
+        for kept in kinds:
+            with pytest.raises(TersenetError, match="has no products with weights kept as"):
+                Algorithm(2, isa, kept)
+    if host().amx_problem is None:
+        packed, x = pack(torch.randn(40, 64, 3, 3), None, 2), torch.randn(1, 64, 8, 8)
+        with pytest.raises(TersenetError, match="amx has no products with weights kept as 'float'"):
+            torch.ops.tersenet.winograd_conv2d(x, packed.weight, packed.bias, None, [1, 1], 40, 2, "amx", "none")
 
 
 def test_zeros_in_the_padding_do_not_hide_infinities() -> None:

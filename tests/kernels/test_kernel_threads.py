@@ -41,9 +41,11 @@ def products() -> list[Callable[[], list[Tensor]]]:
     """Layers on the other dense kernels, with pixels or with outputs shared out."""
     found: list[Callable[[], list[Tensor]]] = []
     one = (1, 1)
-    for choice in ("gemm", "amx") if has_amx() else ("gemm",):
+    for choice in ("gemm", "amx", "amx half", "F2 amx half") if has_amx() else ("gemm",):
         for c, h, k, stride in ((40, 12, 70, one), (16, 61, 20, one), (200, 7, 90, one), (40, 30, 30, (2, 2))):
             layer = Layer("", torch.randn(k, c, 3, 3), torch.randn(k), stride, one, one, 1, False, "relu")
+            if not layer.fits(choice):
+                continue
             kernel = build(layer, choice, (1, c, h, h))
             x = torch.randn(1, c, h, h).contiguous(memory_format=torch.channels_last)
             found.append(lambda kernel=kernel, x=x: [kernel(x)])

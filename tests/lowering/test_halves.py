@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tersenet as tn
 from tersenet.kernels.host import Host, host
-from tersenet.lowering import assign
+from tersenet.lowering import assign, contest
 from tersenet.lowering.assign import kernels_offered
 from tersenet.lowering.halves import HalfConvolution, HalfLinear, has_tiles
 from tersenet.lowering.layers import AMX_HALF, Layer
@@ -194,6 +194,26 @@ def test_linear_layer(shape: tuple[int, ...]) -> None:
         assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
     watched = module(x)  # gradients are on: plain torch, with the rounded weight
     assert float((watched - expected).norm()) <= 2e-2 * float(expected.norm())
+
+
+@needs_amx
+def test_a_linear_layer_that_convolutions_read_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no kernel of most choices; what it leaves then is read by kernels that know no bfloat16."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 32 * 6 * 6), nn.Conv2d(32, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.first(x)).view(-1, 32, 6, 6))
+
+    monkeypatch.setattr(contest, "_SECONDS_OF_LAYERS", 0.05)
+    monkeypatch.setattr(contest, "_SECONDS_OF_PASSES", 0.05)
+    model, x = Decoder().eval(), torch.randn(2, 16)
+    fast = tn.lower(model, x, half=True)
+    with torch.no_grad():
+        assert error(fast(x), model(x)) < 2e-2
 
 
 @needs_amx

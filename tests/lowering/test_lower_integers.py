@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
@@ -19,7 +21,7 @@ from tersenet.lowering.lower import Lowered, lower
 from tersenet.nn.folded import fold
 from tersenet.nn.group_shuffle import OrderedConv2d
 from tersenet.nn.quantized import QuantizedConv2d
-from tersenet.nn.quantized_operator import as_operator
+from tersenet.nn.quantized_operator import as_operator, is_operator
 from tersenet.nn.winograd import WinogradConv2d, calibration
 from tersenet.nn.winograd_quantizer import FakeQuantizer
 from tersenet.nn.winograd_settings import Quantization, Quantizer, WinogradSettings
@@ -294,6 +296,26 @@ def test_the_operator_computes_what_the_folded_layer_does(name: str) -> None:
                 program = torch.export.export(nn.Sequential(layer), (one,), strict=False)
         assert torch.equal(program.module()(one), expected)
         assert sum("quantized_conv2d" in str(node.target) for node in program.graph.nodes) == 1
+
+
+def test_threads_of_python_do_not_switch_the_operator_for_each_other() -> None:
+    def other() -> bool:
+        with as_operator():
+            assert is_operator()
+            inside.set()
+            assert leave.wait(10)
+        return is_operator()
+
+    inside, leave = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(other)
+        assert inside.wait(10)
+        assert not is_operator()
+        with as_operator():
+            leave.set()
+            assert not found.result()
+            assert is_operator()
+    assert not is_operator()
 
 
 @needs_bytes

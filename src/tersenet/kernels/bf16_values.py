@@ -86,9 +86,9 @@ def widened(f: Function, bits: str) -> str:
 
 
 def _lanes(f: Function, count: str) -> str:
-    """The mask of the first `count` of 32 lanes; `count` is below 2^15."""
+    """The mask of the first `count` of 32 lanes; `count` may be more."""
     numbers = ", ".join(f"i16 {lane}" for lane in range(PAIR))
-    short = f.op(f"trunc i64 {count} to i16")
+    short = f.op(f"trunc i64 {f.minimum(count, PAIR)} to i16")
     one = f.op(f"insertelement {_LINE} poison, i16 {short}, i64 0")
     spread = f.op(f"shufflevector {_LINE} {one}, {_LINE} poison, <{PAIR} x i32> zeroinitializer")
     return f.op(f"icmp slt {_LINE} <{numbers}>, {spread}")

@@ -10,7 +10,7 @@ from tersenet.kernels.blocks import block_functions, product_block
 from tersenet.kernels.blocks_amx import amx_product_block
 from tersenet.kernels.blocks_scattered import scattered_functions
 from tersenet.kernels.blocks_sparse import sparse_product_block
-from tersenet.kernels.host import Isa, host
+from tersenet.kernels.host import AMX, Isa, host
 from tersenet.kernels.ir import Module
 from tersenet.kernels.product import product_kernels
 from tersenet.kernels.scattered import scattered_kernels
@@ -34,7 +34,8 @@ class Algorithm:
     output channels, "scattered" one by one. `relu`: a ReLU between the input transform and the product.
 
     Raises:
-        TersenetError: another m; half weights where the processor can't convert them.
+        TersenetError: another m; half weights where the processor can't convert them; bfloat16 ones on anything but
+            AMX, or others on it.
     """
 
     m: int
@@ -48,6 +49,11 @@ class Algorithm:
             raise TersenetError(f"m (={self.m}) of F(m x m, 3 x 3) must be one of {', '.join(map(str, OUTPUTS))}")
         if self.weight == "half" and not self.isa.has_half:
             raise TersenetError(f"{self.isa.name} can't convert half-precision weights; pack them as float")
+        if (self.isa.name == AMX.name) != (self.weight in PARTS):
+            raise TersenetError(
+                f"{self.isa.name} has no products with weights kept as {self.weight!r}: {AMX.name} takes those of "
+                f"{' and '.join(PARTS)}, and nothing else does"
+            )
 
     @property
     def name(self) -> str:

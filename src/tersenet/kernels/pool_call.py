@@ -54,9 +54,9 @@ def pool_call(
     algorithm = Pool(host().amx(), True) if half else Pool(host().isa(isa))
     images, channels, height, width = x
     shape = (images, channels, windows.count(height, 0), windows.count(width, 1))
-    rows = images * shape[2]
+    rows, kind = images * shape[2], torch.bfloat16 if half else torch.float32
     if 0 in shape:
-        return Call(shape, b"", (), 1, 0, 0)
+        return Call(shape, b"", (), 1, 0, 0, dtype=kind)
     fields = {
         "x_image": x_strides[0], "x_row": x_strides[2], "x_column": x_strides[3], "height": height, "width": width,
         "y_image": shape[2] * shape[3] * channels, "y_row": shape[3] * channels, "y_column": channels,
@@ -64,7 +64,6 @@ def pool_call(
         "pad_top": windows.padding[0], "pad_left": windows.padding[1], "size_high": windows.size[0],
         "size_wide": windows.size[1], "step_high": windows.step[0], "step_wide": windows.step[1],
     }  # fmt: skip
-    kind = torch.bfloat16 if half else torch.float32
     reads = rows * shape[3] * channels * windows.size[0] * windows.size[1]
     count = min(threads, rows, max(1, reads // _THREAD_READS))
     context = Context(*(fields.get(name, 0) for name in FIELDS))

@@ -99,11 +99,19 @@ def _without_mutation(made: fx.GraphModule) -> bool:
         changed: Any = node.args[0] if node.args else None
         packet = getattr(_aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
         plain = getattr(packet, node.target._overloadname, None)
-        if plain is None or plain._schema.is_mutable or not isinstance(changed, fx.Node) or not _is_own(changed):
+        # `pow_.Scalar` takes a tensor and a number, and `pow.Scalar` a number and a tensor.
+        if plain is None or plain._schema.is_mutable or _types_of(plain) != _types_of(node.target):
+            return False
+        if not isinstance(changed, fx.Node) or not _is_own(changed):
             return False
         node.target = plain
         changed.replace_all_uses_with(node, lambda user, at=place[node]: place[user] > at)
     return True
+
+
+def _types_of(operator: OpOverload) -> list[str]:
+    """Of its arguments."""
+    return [str(one.type) for one in operator._schema.arguments]  # pyright: ignore[reportPrivateUsage]
 
 
 def _is_own(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,24 +20,24 @@ from tersenet.ops.fake_quantize import Rounding, round_to
 from tersenet.ops.winograd import assembled, products, transformed
 from tersenet.ops.winograd_tiles import Geometry, input_tiles, reach
 
-_as_operator = False
+# Of each thread: one that records must not switch it on or off for another.
+_as_operator = ContextVar("as_operator", default=False)
 STAGES = ("input", "transformed", "product", "output")
 
 
 def is_operator() -> bool:
     """Whether this is inside `as_operator`."""
-    return _as_operator
+    return _as_operator.get()
 
 
 @contextmanager
 def as_operator() -> Generator[None]:
-    """Inside, every folded quantized layer is one call of the operator."""
-    global _as_operator
-    before, _as_operator = _as_operator, True
+    """Inside, every folded quantized layer that this thread calls is one call of the operator."""
+    token = _as_operator.set(True)
     try:
         yield
     finally:
-        _as_operator = before
+        _as_operator.reset(token)
 
 
 @dataclass(frozen=True)
