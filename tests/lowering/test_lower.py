@@ -401,6 +401,18 @@ def test_changes_in_place() -> None:
     assert_same(fast, model, torch.randn(2, 4, 7, 7))
 
 
+class PowerInPlace(InPlace):
+    """`pow.Scalar` is no `pow_.Scalar` out of place."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.conv(x).pow_(2)
+
+
+def test_a_power_in_place() -> None:
+    model = PowerInPlace()
+    assert_same(tn.lower(model, torch.rand(1, 4, 7, 7), choice="F2"), model, torch.randn(2, 4, 7, 7))
+
+
 @pytest.mark.slow
 def test_the_page() -> None:
     page = Path(__file__).parents[2] / "docs" / "lower.md"

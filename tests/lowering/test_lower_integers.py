@@ -318,6 +318,13 @@ def test_threads_of_python_do_not_switch_the_operator_for_each_other() -> None:
     assert not is_operator()
 
 
+def test_torch_compile_can_read_what_asks_for_the_operator() -> None:
+    def asks(x: Tensor) -> Tensor:
+        return x + 1 if is_operator() else x + 2
+
+    assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(torch.zeros(2)), torch.full((2,), 2.0))
+
+
 @needs_bytes
 def test_whoever_watches_operators_sees_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = lower(quantized(), images(), choice=INT8)

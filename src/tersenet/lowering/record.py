@@ -148,7 +148,8 @@ class _Recorder:
 
     @contextmanager
     def active(self) -> Generator[None]:
-        key = _fallback()[0]
+        with _one_at_a_time:  # torch takes one fallback for a key, and two threads may be the first
+            key = _fallback()[0]
         before, _here.recorder = _recorder(), self
         try:
             with torch._C._IncludeDispatchKeyGuard(key):  # pyright: ignore
@@ -233,6 +234,7 @@ class _Recorder:
 
 
 _here = threading.local()
+_one_at_a_time = threading.Lock()
 
 
 def _recorder() -> _Recorder | None:

@@ -73,9 +73,10 @@ class Segment(nn.Module):
             steps: list[Step | None] | None = None if key in self._plans else []
             values = self._each(inputs, steps)
             if steps is not None:
-                whole = [step for step in steps if step is not None]
+                whole = [step for step in steps if step is not None and step.call.tasks]  # none: the batch is empty
                 while len(self._plans) >= _MOST_PLANS:
-                    self._plans.pop(next(iter(self._plans)), None)
+                    # A copy: another thread may change it between two steps of Python.
+                    self._plans.pop(next(iter(tuple(self._plans)), ()), None)
                 known = len(whole) == len(steps) and _has_kernel()
                 self._plans[key] = _Plan(whole, self._reads, self._results, values[: self._inputs]) if known else None
         results = tuple(values[number] for number in self._results)

@@ -26,8 +26,8 @@ STAGES = ("input", "transformed", "product", "output")
 
 
 def is_operator() -> bool:
-    """Whether this is inside `as_operator`."""
-    return _as_operator.get()
+    """Whether this is inside `as_operator`. Never where torch.compile reads the code: it knows no such variables."""
+    return not torch.compiler.is_dynamo_compiling() and _as_operator.get()
 
 
 @contextmanager
