@@ -3,10 +3,11 @@
     python -m benchmarks.first_call
 
 224 x 224, one image, one thread unless --threads says otherwise. `warm`: this machine has lowered the network before.
-`cold`: TERSENET_CACHE is an empty folder, so kernels are compiled, and timed in the network. Each number is from a
-process of its own that has imported torch and tersenet and read the network from a file: `eager` is its first call,
-`warm` and `cold` are `lower` and the first call, with everything that they import. `extra_s` is the difference of the
-medians of wall time; the processor time of each process is kept too. Nothing else should run meanwhile.
+`retrained`: it has lowered one like it, with other weights, so that the lowered network has to be checked. `cold`:
+TERSENET_CACHE is an empty folder, so kernels are compiled, and timed in the network. Each number is from a process of
+its own that has imported torch and tersenet and read the network from a file: `eager` is its first call, the others are
+`lower` and the first call, with everything that they import. `extra_s` is the difference of the medians of wall time;
+the processor time of each process is kept too. Nothing else should run meanwhile.
 
 Writes first_call.json beside this file after each network, and goes on behind those that are there; --fresh measures
 all again. About ten minutes.
@@ -26,8 +27,9 @@ from typing import Any
 
 RESULT = Path(__file__).with_suffix(".json")
 NETWORKS = ("resnet18", "resnet50", "vgg16", "torchvision:mobilenet_v2")
+KINDS = ("warm", "retrained", "cold")
 GOALS = {"warm": 1.0, "cold": 20.0}
-"""Seconds over eager that ResNet-18 may take."""
+"""Seconds over eager: of any network, and of ResNet-18."""
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
             rows.append(measured(name, options.threads, options.runs))
             options.result.write_text(json.dumps(result(rows), indent=1) + "\n")
     for row in rows:
-        extra = ", ".join(f"{kind} {row['extra_s'][kind]:.2f} s over eager" for kind in GOALS)
+        extra = ", ".join(f"{kind} {row['extra_s'][kind]:.2f} s over eager" for kind in KINDS)
         print(f"{row['network']}, {row['threads']} thread(s): eager {row['median_s']['eager']:.2f} s, {extra}")
 
 
@@ -62,12 +64,13 @@ def measured(name: str, threads: int, runs: int) -> dict[str, Any]:
     from tersenet.api import open_model
     from tersenet.environment import environment
 
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        path, caches = Path(folder) / "network.pt", Path(folder) / "caches"
-        torch.save(open_model(name)[0].eval(), path)
+        paths, caches = [Path(folder) / f"network {number}.pt" for number in range(runs + 1)], Path(folder) / "caches"
+        for seed, path in enumerate(paths):
+            torch.manual_seed(seed)
+            torch.save(open_model(name)[0].eval(), path)
 
-        def run(kind: str, cache: str) -> dict[str, float]:
+        def run(kind: str, cache: str, path: Path = paths[0]) -> dict[str, float]:
             command = [sys.executable, "-m", "benchmarks.first_call", "--child", str(path), kind, str(threads)]
             variables = {**os.environ, "TERSENET_CACHE": str(caches / cache), "OMP_NUM_THREADS": str(threads)}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables)
@@ -76,13 +79,14 @@ def measured(name: str, threads: int, runs: int) -> dict[str, Any]:
         cold = [run("lowered", f"cold {number}") for number in range(runs)]
         times = {"eager": [run("eager", "none") for _ in range(runs)], "cold": cold}
         times["warm"] = [run("lowered", "cold 0") for _ in range(runs)]
+        times["retrained"] = [run("lowered", "cold 0", path) for path in paths[1:]]
     medians = {kind: statistics.median(one["wall_s"] for one in found) for kind, found in times.items()}
     return {
         "network": name,
         "threads": threads,
         "runs": runs,
         "median_s": medians,
-        "extra_s": {kind: medians[kind] - medians["eager"] for kind in GOALS},
+        "extra_s": {kind: medians[kind] - medians["eager"] for kind in KINDS},
         "times": times,
         "environment": environment("cpu"),
     }

@@ -139,7 +139,7 @@ def networks(name: str, threads: int, rounds: int, peers: list[str]) -> dict[str
         expected = dense(x)
         for peer in peers:
             try:
-                runners[peer] = PEERS[peer](dense, (x,), threads, Path(folder))
+                runners[peer] = PEERS[peer](dense, (x,), threads, Path(folder), False)
                 errors[peer] = distance(runners[peer]()[0], expected)
             except Exception as error:  # a peer's own failure is a line in the result
                 runners.pop(peer, None)

@@ -95,7 +95,7 @@ def timed(networks: dict[str, nn.Module], threads: int) -> dict[str, Any]:
             for peer in ("eager", "onnxruntime"):
                 place = Path(folder) / f"{peer} {name}"
                 place.mkdir()
-                runners[f"{peer} {name}"] = PEERS[peer](model, inputs, threads, place)
+                runners[f"{peer} {name}"] = PEERS[peer](model, inputs, threads, place, False)
         errors = {key: _error(run()[0], expected[key.split()[1]]) for key, run in runners.items()}
         times = {key: statistics.median(values) for key, values in warm_in_turns(runners, ROUNDS).items()}
     ratios = {

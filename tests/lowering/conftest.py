@@ -18,3 +18,9 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
 def always_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine measures: on small networks and busy machines anything may be the fastest."""
     monkeypatch.setattr("tersenet.lowering.lower.faster_than_lowered", lambda times: None)
+
+
+@pytest.fixture(autouse=True)
+def checked_anew(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another test has proven does not hold in this one, which may have changed a kernel or a limit."""
+    monkeypatch.setattr("tersenet.lowering.proven._own_code", lambda: request.node.nodeid)

@@ -127,13 +127,16 @@ def in_tiles(rows: Tensor, isa: Isa, parts: int = PARTS) -> Tensor:
     """The weights of output channels, (C_out, ..., chunks * 32) float32, as `product` reads them: (blocks, ..., chunks,
     parts, columns, 16, 16, 2) bfloat16; of one part that is the rounded weight. C_out must be a multiple of a block's
     channels."""
-    between = rows.dim() - 2
-    tiles = rows.unflatten(-1, (-1, CHUNK // 2, 2)).unflatten(0, (-1, isa.columns, LINE))
-    # block, column, output, ..., chunk, pair, 2 -> block, ..., chunk, column, pair, output, 2
-    chunk = 3 + between
-    tiles = tiles.permute(0, *range(3, chunk + 1), 1, chunk + 1, 2, chunk + 2)
+    chunk = rows.dim() + 1
+    # Two floats are moved as one number of 64 bits.
+    tiles = rows.contiguous().view(torch.float64).unflatten(-1, (-1, CHUNK // 2)).unflatten(0, (-1, isa.columns, LINE))
+    # block, column, output, ..., chunk, pair -> block, ..., chunk, column, pair, output
+    tiles = tiles.permute(0, *range(3, chunk + 1), 1, chunk + 1, 2).contiguous()
+    tiles = tiles.view(torch.float32).unflatten(-1, (LINE, 2))
     large = tiles.bfloat16()
-    return torch.stack([(tiles - large).bfloat16(), large][-parts:], -5)
+    if parts == 1:
+        return large.unsqueeze(-5)
+    return torch.stack([tiles.sub_(large.float()).bfloat16(), large], -5)
 
 
 class Tiles:

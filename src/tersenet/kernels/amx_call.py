@@ -15,10 +15,9 @@ from tersenet.kernels.compiled import kernels
 from tersenet.kernels.context import FIELDS, Context
 from tersenet.kernels.gemm_call import Cut, check_packable
 from tersenet.kernels.host import host
+from tersenet.kernels.layout import Pair, image_size
 from tersenet.kernels.memory import settled
 from tersenet.kernels.winograd import BITS, Call, Tables
-
-Pair = tuple[int, int]
 
 _L2_SHARE = 0.4  # of a core's second-level cache, for V; the weights of a block of outputs need room too
 _PLANE_TILES = 1.25  # times as many products cost less than copying each pixel for every row of the kernel
@@ -126,10 +125,7 @@ def amx_call(
     residual that is contiguous in channels-last memory. Nothing is checked."""
     isa = algorithm.isa
     images, channels, height, width = x[0], x[1] // groups, x[2], x[3]
-    high, wide = (
-        (length + 2 * pad - apart * (size - 1) - 1) // step + 1
-        for length, pad, size, step, apart in zip(x[2:], padding, kernel, stride, dilation, strict=True)
-    )
+    high, wide = image_size(x[2:], kernel, stride, padding, dilation)
     shape = (images, out_channels, high, wide)
     if min(shape) < 1:
         return Call(shape, b"", (), 1, 0, 0)

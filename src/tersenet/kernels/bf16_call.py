@@ -17,10 +17,9 @@ from tersenet.kernels.compiled import kernels
 from tersenet.kernels.context import FIELDS, Context
 from tersenet.kernels.gemm_call import check_packable
 from tersenet.kernels.host import host
+from tersenet.kernels.layout import Pair, image_size
 from tersenet.kernels.memory import settled
 from tersenet.kernels.winograd import BITS, Call, Tables
-
-Pair = tuple[int, int]
 
 _L2_SHARE = 0.4  # of a core's second-level cache, for V; the weights of a block of outputs need room too
 _WEIGHT_SHARE = 0.25  # of it, for the weights of all outputs of a unit
@@ -166,10 +165,7 @@ def bf16_call(
     residual that is contiguous in channels-last memory. Nothing is checked."""
     isa = algorithm.isa
     images, channels, height, width = x[0], x[1] // groups, x[2], x[3]
-    high, wide = (
-        (length + 2 * pad - apart * (size - 1) - 1) // step + 1
-        for length, pad, size, step, apart in zip(x[2:], padding, kernel, stride, dilation, strict=True)
-    )
+    high, wide = image_size(x[2:], kernel, stride, padding, dilation)
     shape = (images, out_channels, high, wide)
     if min(shape) < 1:
         return Call(shape, b"", (), 1, 0, 0)

@@ -13,11 +13,10 @@ from tersenet.kernels.compiled import kernels
 from tersenet.kernels.context import FIELDS, Context
 from tersenet.kernels.gemm import Gemm
 from tersenet.kernels.host import Isa, host
+from tersenet.kernels.layout import Pair, image_size
 from tersenet.kernels.memory import settled
 from tersenet.kernels.product import QUAD
 from tersenet.kernels.winograd import BITS, Call, Tables
-
-Pair = tuple[int, int]
 
 _LINE = 16  # floats in a cache line
 _L2_SHARE = 0.55  # of a core's second-level cache, for V
@@ -106,10 +105,7 @@ def gemm_call(
     row too, and a residual that is contiguous in channels-last memory. Nothing is checked."""
     isa = algorithm.isa
     images, channels, height, width = x
-    high, wide = (
-        (length + 2 * pad - size) // step + 1
-        for length, pad, size, step in zip(x[2:], padding, kernel, stride, strict=True)
-    )
+    high, wide = image_size(x[2:], kernel, stride, padding)
     shape = (images, out_channels, high, wide)
     pixels = images * shape[2] * shape[3]
     if min(shape) < 1:

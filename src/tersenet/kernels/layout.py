@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tersenet.kernels.amx import CHUNK, LINE, TILE
@@ -16,12 +17,24 @@ from tersenet.kernels.scattered import SLICE
 
 _THREAD_MACS = 2**18  # less than about 3 microseconds of work is not worth waking a thread
 
+Pair = tuple[int, int]
 Shape = tuple[int, int, int, int]
 
 
-def output_shape(x: Shape, out_channels: int, padding: tuple[int, int]) -> Shape:
+def output_shape(x: Shape, out_channels: int, padding: Pair) -> Shape:
     """(N, C_out, H', W') of a 3x3 convolution with stride 1."""
     return x[0], out_channels, x[2] + 2 * padding[0] - R + 1, x[3] + 2 * padding[1] - R + 1
+
+
+def image_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair = (1, 1)
+) -> Pair:
+    """(H', W') of a convolution of an image of `size` (H, W)."""
+    high, wide = (
+        (length + 2 * pad - apart * (taps - 1) - 1) // step + 1
+        for length, taps, step, pad, apart in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return high, wide
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Layout:
 
 @functools.lru_cache(maxsize=4096)
 def layout(
-    algorithm: Algorithm, x: Shape, padding: tuple[int, int], out_channels: int, threads: int, cut: Plan | None = None
+    algorithm: Algorithm, x: Shape, padding: Pair, out_channels: int, threads: int, cut: Plan | None = None
 ) -> Layout:
     """For an input of the shape `x` and an output that is not empty. `cut` takes the place of the planned one."""
     isa, taps = algorithm.isa, algorithm.t**2

@@ -33,6 +33,12 @@ def zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     return whole[start : start + size].view(dtype).view(tuple(shape))
 
 
+def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of zeros, in huge pages if it fills at least half of one."""
+    large = prod(shape) * dtype.itemsize >= PAGE_BYTES // 2
+    return zeros(shape, dtype) if large else torch.zeros(tuple(shape), dtype=dtype, device="cpu")
+
+
 def settled(tensor: Tensor) -> Tensor:
     """The same values in huge pages, if they fill at least half of one; contiguous in any case."""
     if _ADVICE is None or tensor.nbytes < PAGE_BYTES // 2:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tersenet.errors import TersenetError
 from tersenet.kernels.amx import CHUNK, in_tiles
 from tersenet.kernels.generate import POINTS, Algorithm, R, isa_of
-from tersenet.kernels.memory import settled
+from tersenet.kernels.memory import room
 from tersenet.kernels.product import QUAD
+from tersenet.ops.winograd import kronecker
 
 WEIGHT_TYPES = {"float": torch.float32, "half": torch.float16, "parts": torch.bfloat16, "bfloat16": torch.bfloat16}
 # The largest weight of a channel is below 2^14; the smallest normal one is 2^-14.
@@ -58,9 +61,12 @@ def pack(weight: Tensor, bias: Tensor | None = None, m: int = 4, isa: str | None
             "other convolutions run on torch's own kernels"
         )
     _check_bias(weight, bias, weight.shape[0])
-    g = torch.from_numpy(np.array(algorithm.transforms.g, dtype=float))
-    u = torch.einsum("ai,koij,bj->kabo", g, weight.detach().double(), g)
-    return _packed(u.flatten(1, 2), bias, algorithm)
+    gg = kronecker(torch.from_numpy(np.array(algorithm.transforms.g, dtype=float)))
+
+    def transformed(outputs: slice) -> Tensor:
+        return gg @ weight[outputs].detach().double().flatten(2).transpose(1, 2)
+
+    return _packed(transformed, weight.shape[0], weight.shape[1], bias, algorithm)
 
 
 def pack_domain(
@@ -88,7 +94,11 @@ def pack_domain(
     """
     algorithm = Algorithm(m, isa_of(kept, isa), kept, points, relu)
     check_domain(weight, bias, algorithm)
-    return _packed(weight.detach().double().permute(2, 0, 1), bias, algorithm)
+
+    def transformed(outputs: slice) -> Tensor:
+        return weight[:, :, outputs].detach().double().permute(2, 0, 1)
+
+    return _packed(transformed, weight.shape[2], weight.shape[1], bias, algorithm)
 
 
 def check_domain(weight: Tensor, bias: Tensor | None, algorithm: Algorithm) -> None:
@@ -109,27 +119,33 @@ def _check_bias(weight: Tensor, bias: Tensor | None, outputs: int) -> None:
         raise TersenetError(f"weight is on {weight.device}; the CPU kernels take CPU tensors")
 
 
-def _packed(u: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Packed:
-    """Of a transformed weight (C_out, t t, C_in), float64."""
-    outputs, taps, inputs = u.shape
-    block = algorithm.isa.channels
-    blocks, _, padded_inputs, _ = packed_shape(algorithm, outputs, inputs)
-    scale = torch.ones(outputs, dtype=torch.float64, device="cpu")
-    if algorithm.weight == "half":
-        # A power of two for each output channel, so that its taps, which differ a thousandfold, are all normal numbers.
-        scale = torch.exp2(_HALF_EXPONENT - torch.frexp(u.abs().amax((1, 2))).exponent.double())
-    full = torch.zeros(blocks * block, taps, padded_inputs, dtype=torch.float64, device="cpu")
-    full[:outputs, :, :inputs] = u * scale[:, None, None]
-    if algorithm.parts:
-        packed = settled(in_tiles(full.float(), algorithm.isa, algorithm.parts))
-        packed = packed.view(packed_shape(algorithm, outputs, inputs))
-    else:
-        full = full.to(WEIGHT_TYPES[algorithm.weight])
-        packed = settled(full.reshape(blocks, block, taps, padded_inputs).permute(0, 2, 3, 1))
+def _packed(
+    transformed: Callable[[slice], Tensor], outputs: int, inputs: int, bias: Tensor | None, algorithm: Algorithm
+) -> Packed:
+    """Of a weight that is `transformed` for a slice of output channels: (outputs, t t, C_in), float64. A block of them
+    at a time stays in the cache."""
+    block, kind = algorithm.isa.channels, WEIGHT_TYPES[algorithm.weight]
+    blocks, taps, padded_inputs, width = packed_shape(algorithm, outputs, inputs)
+    packed = room((blocks, taps, padded_inputs, width), kind)
     padded = torch.zeros(2, blocks * block, dtype=torch.float32, device="cpu")
     if bias is not None:
         padded[0, :outputs] = bias.detach()
-    padded[1, :outputs] = 1 / scale
+    for number in range(blocks):
+        part = slice(number * block, min(outputs, (number + 1) * block))
+        u = transformed(part)
+        if algorithm.weight == "half":
+            # A power of two for each output channel, so that its taps, which differ a thousandfold, are normal numbers.
+            exponents = _HALF_EXPONENT - torch.frexp(u.abs().amax((1, 2))).exponent.double()
+            u = u * torch.exp2(exponents)[:, None, None]
+            padded[1, part] = torch.exp2(-exponents).float()
+        else:
+            padded[1, part] = 1
+        if u.shape != (block, taps, padded_inputs):
+            u = F.pad(u, (0, padded_inputs - inputs, 0, 0, 0, block - len(u)))
+        if algorithm.parts:
+            packed[number] = in_tiles(u.float(), algorithm.isa, algorithm.parts).view(taps, padded_inputs, width)
+        else:
+            packed[number] = u.to(kind).permute(1, 2, 0)
     return Packed(algorithm, packed, padded, inputs, outputs)
 
 

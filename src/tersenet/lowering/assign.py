@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -91,96 +91,122 @@ def sizes_of(graph: fx.GraphModule, layers: dict[str, AnyLayer], inputs: tuple[T
     return sizes
 
 
-def chosen(
-    graph: fx.GraphModule,
-    layers: dict[str, AnyLayer],
-    sizes: dict[str, Size],
-    offered: list[str],
-    inputs: tuple[Tensor, ...],
-    forced: str | None,
-) -> tuple[LoweredLayer, ...]:
-    """Put the best kernel of small error in the place of each layer, and say which."""
-    found: dict[str, LoweredLayer] = {}
-    built: dict[tuple[str, str], nn.Module] = {(target, "torch"): graph.get_submodule(target) for target in layers}
+@dataclass(frozen=True)
+class Judged:
+    """The kernel that a layer gets, its relative L2 distance from torch's result, and better ones that are too far."""
 
-    def kernel(target: str, name: str) -> nn.Module:
-        if (target, name) not in built:
-            module = built[target, name] = build(layers[target], name, sizes[target])
+    choice: str
+    error: float
+    rejected: tuple[str, ...]
+
+
+class Assignment:
+    """The kernels of a graph's layers: the fastest first, and the first of small error in each layer's place.
+
+    `candidates`: the name of a layer's module -> choices from the best to the worst.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        layers: dict[str, AnyLayer],
+        sizes: dict[str, Size],
+        offered: list[str],
+        inputs: tuple[Tensor, ...],
+        forced: str | None,
+    ) -> None:
+        """Times are measured here, or remembered, if no choice is `forced`."""
+        self._graph, self._layers, self._sizes, self._inputs = graph, layers, sizes, inputs
+        self._built = {(target, "torch"): graph.get_submodule(target) for target in layers}
+        half = {target for target, layer in layers.items() if AMX_HALF in offered and layer.fits(AMX_HALF)}
+        self._narrow = narrow_results(graph, half)
+        fitting = {target: [name for name in offered if layer.fits(name)] for target, layer in layers.items()}
+        self._times: Times = {}
+        if forced is not None:
+            order = (forced, "direct", "torch")
+            self.candidates = {target: sorted(names, key=order.index) for target, names in fitting.items()}
+        else:
+            self._times = self._timed(fitting)
+            self.candidates = {target: [*ranking(self._times[target]), "torch"] for target in layers}
+
+    def judged(self) -> dict[str, Judged]:
+        """What each layer gets, by a pass of the plain graph: every layer is judged on what it really reads."""
+        found: dict[str, Judged] = {}
+
+        def hook(target: str) -> Callable[..., None]:
+            def judge(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                found[target] = self._judge(target, args, output)
+
+            return judge
+
+        with ExitStack() as stack:
+            for target in self._layers:
+                handle = self._graph.get_submodule(target).register_forward_hook(hook(target))
+                stack.callback(handle.remove)
+            run_graph(self._graph, self._inputs)
+        return found
+
+    def take(self, found: Mapping[str, Judged]) -> tuple[LoweredLayer, ...]:
+        """Put the kernels into the graph, and say which they are."""
+        modules = {target: self._kernel(target, found[target].choice) for target in self._layers}
+        for target, module in modules.items():
+            self._graph.add_module(target, module)
+        narrow = set_narrow(self._graph, modules)
+        rows: list[LoweredLayer] = []
+        for target, layer in self._layers.items():
+            one, times = found[target], self._times.get(target, {})
+            density = None if isinstance(layer, (Layer, IntegerLayer)) else layer.density
+            taken = (one.choice, times, one.error, density, one.rejected, target in narrow)
+            rows.append(LoweredLayer(layer.name, layer.kind, self._sizes[target], *taken))
+        return tuple(rows)
+
+    def _kernel(self, target: str, name: str) -> nn.Module:
+        if (target, name) not in self._built:
+            module = self._built[target, name] = build(self._layers[target], name, self._sizes[target])
             if isinstance(module, HalfModule):
-                module.narrow = target in narrow  # as if all that could took this kernel: so they are timed
-        return built[target, name]
+                module.narrow = target in self._narrow  # as if all that could took this kernel: so they are timed
+        return self._built[target, name]
 
-    half = {target for target, layer in layers.items() if AMX_HALF in offered and layer.fits(AMX_HALF)}
-    narrow = narrow_results(graph, half)
-    fitting = {target: [name for name in offered if layer.fits(name)] for target, layer in layers.items()}
-    times: Times = {}
-    if forced is not None:
-        candidates = {target: sorted(names, key=(forced, "direct", "torch").index) for target, names in fitting.items()}
-    else:
-        times = _times(graph, layers, sizes, fitting, inputs, kernel)
-        candidates = {target: [*ranking(times[target]), "torch"] for target in layers}
+    def _judge(self, target: str, args: tuple[Tensor, ...], output: Tensor) -> Judged:
+        layer, rejected = self._layers[target], list[str]()
+        # Of a quantized layer float32 breaks ties by its own rounding errors.
+        limits, wanted = _LIMITS, output
+        if isinstance(layer, IntegerLayer):
+            wanted = in_float64(layer, args)
+            limits = {INT8: max(_LEVEL_ERROR, _TIMES * distance(output, wanted))}
+        for name in self.candidates[target]:
+            if name == "torch":
+                break
+            # The copies are for layers that write over their residual.
+            copies = (x.clone() for x in args[1:])
+            error = distance(self._kernel(target, name)(args[0], *copies), wanted)
+            if error <= limits.get(name, _LAYER_ERROR):
+                return Judged(name, error, tuple(rejected))
+            rejected.append(name)
+        return Judged("torch", 0.0, tuple(rejected))
 
-    def hook(target: str) -> Callable[..., None]:
-        def judge(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            layer, rejected = layers[target], list[str]()
-            # Of a quantized layer float32 breaks ties by its own rounding errors.
-            limits, wanted = _LIMITS, output
-            if isinstance(layer, IntegerLayer):
-                wanted = in_float64(layer, args)
-                limits = {INT8: max(_LEVEL_ERROR, _TIMES * distance(output, wanted))}
-            for name in candidates[target]:
-                # The copies are for layers that write over their residual.
-                copies = (x.clone() for x in args[1:])
-                error = 0.0 if name == "torch" else distance(kernel(target, name)(args[0], *copies), wanted)
-                if name == "torch" or error <= limits.get(name, _LAYER_ERROR):
-                    graph.add_module(target, kernel(target, name))
-                    density = None if isinstance(layer, (Layer, IntegerLayer)) else layer.density
-                    taken = (name, times.get(target, {}), error, density, tuple(rejected))
-                    found[target] = LoweredLayer(layer.name, layer.kind, sizes[target], *taken)
-                    return
-                rejected.append(name)
+    def _timed(self, fitting: dict[str, list[str]]) -> Times:
+        """Of each layer's kernels, in the network; measured or remembered."""
+        # Packed weights come first: a layer that has no kernel of some choice runs its first one then. Those whose
+        # results may stay bfloat16 come last: all of them run in one turn, and only they read what the others leave.
+        contenders = {
+            target: sorted(_worth(layer, fitting[target]), key=lambda name: (name == AMX_HALF, name == "torch"))
+            for target, layer in self._layers.items()
+        }
 
-        return judge
+        def measured() -> Times:
+            kernels = {target: {n: self._kernel(target, n) for n in names} for target, names in contenders.items()}
+            return layers_timed(self._graph, kernels, partial(run_graph, self._graph, self._inputs))
 
-    with ExitStack() as stack:
-        # Every layer is judged on what it really reads: the plain network's activations.
-        for target in layers:
-            handle = graph.get_submodule(target).register_forward_hook(hook(target))
-            stack.callback(handle.remove)
-        run_graph(graph, inputs)
-    narrow = set_narrow(graph, {target: graph.get_submodule(target) for target in layers})
-    return tuple(replace(found[target], narrow=target in narrow) for target in layers)
+        network = (self._graph.code, [tuple(x.shape) for x in self._inputs])
+        each = [(described(layer), self._sizes[t], contenders[t]) for t, layer in self._layers.items()]
+        pairs = [(self._layers[target], name) for target, names in contenders.items() for name in names]
+        return remembered("network", (network, each), contenders, measured, pairs) if self._layers else {}
 
 
-def _times(
-    graph: fx.GraphModule,
-    layers: dict[str, AnyLayer],
-    sizes: dict[str, Size],
-    fitting: dict[str, list[str]],
-    inputs: tuple[Tensor, ...],
-    kernel: Callable[[str, str], nn.Module],
-) -> Times:
-    """Of each layer's kernels, in the network; measured or remembered."""
-    # Packed weights come first: a layer that has no kernel of some choice runs its first one then. Those whose results
-    # may stay bfloat16 come last: all of them run in one turn, and only they read what the others leave.
-    contenders = {
-        target: sorted(_timed(layer, fitting[target]), key=lambda name: (name == AMX_HALF, name == "torch"))
-        for target, layer in layers.items()
-    }
-
-    def measured() -> Times:
-        kernels = {target: {name: kernel(target, name) for name in names} for target, names in contenders.items()}
-        return layers_timed(graph, kernels, partial(run_graph, graph, inputs))
-
-    network = (graph.code, [tuple(x.shape) for x in inputs])
-    each = [(described(layer), sizes[target], contenders[target]) for target, layer in layers.items()]
-    pairs = [(layers[target], name) for target, names in contenders.items() for name in names]
-    return remembered("network", (network, each), contenders, measured, pairs) if layers else {}
-
-
-def _timed(layer: AnyLayer, fitting: list[str]) -> list[str]:
-    """In the Winograd domain, and of quantized layers, torch is the check and the last resort: many times slower, and
-    not worth the time."""
+def _worth(layer: AnyLayer, fitting: list[str]) -> list[str]:
+    """Choices that are timed. In the Winograd domain, and of quantized layers, torch is the check and the last resort:
+    many times slower, and not worth the time."""
     generated = [name for name in fitting if is_generated(name)]
     return generated if generated and isinstance(layer, (DomainLayer, IntegerLayer)) else fitting
 

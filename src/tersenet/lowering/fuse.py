@@ -118,9 +118,10 @@ def _linear(made: fx.GraphModule, node: fx.Node, dense: bool = False) -> Callabl
         return None
     # Not copied: weights are large, and the kernels that keep one have their own.
     found = partial(LinearLayer, weight=weight, bias=bias)
-    is_known = weight.dtype == torch.float32 and weight.numel() > 0
-    fits = is_known and (dense or any(found(name="", activation="none").fits(choice) for choice in SPARSE))
-    return found if fits else None
+    if weight.dtype != torch.float32 or weight.numel() == 0:
+        return None
+    layer = found(name="", activation="none")
+    return found if dense or any(layer.fits(choice) for choice in SPARSE) else None
 
 
 _DESCRIBED: dict[Any, Callable[[fx.GraphModule, fx.Node], Callable[..., AnyLayer] | None]] = {

@@ -15,8 +15,9 @@ from tersenet.kernels.compiled import Code
 from tersenet.kernels.gemm import Gemm
 from tersenet.kernels.generate import OUTPUTS, Algorithm, R, isa_of
 from tersenet.kernels.host import host
+from tersenet.kernels.layout import image_size
 from tersenet.lowering.integers import INT8, IntegerLayer
-from tersenet.lowering.linears import LinearLayer
+from tersenet.lowering.linears import LinearLayer, density_of
 from tersenet.ops.winograd_tiles import Geometry
 
 Pair = tuple[int, int]
@@ -101,11 +102,7 @@ class Layer:
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """(N, C_out, H', W') for an input of `size`."""
-        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
-        image = [
-            (length + 2 * pad - r) // step + 1
-            for length, pad, r, step in zip(size[2:], self.padding, reach, self.stride, strict=True)
-        ]
+        image = image_size(size[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation)
         return (size[0], self.weight.shape[0], *image)
 
     @property
@@ -169,7 +166,7 @@ class DomainLayer:
     @cached_property
     def density(self) -> float:
         """Share of the weights that are not zero."""
-        return int(torch.count_nonzero(self.weight)) / self.weight.numel()
+        return density_of(self.weight)
 
     def blocks(self, width: int) -> float:
         """Share of the blocks of one input channel by `width` output channels that are not all zero."""

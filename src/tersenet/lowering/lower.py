@@ -16,7 +16,7 @@ from tersenet.errors import GraphError, TersenetError, UnknownNameError
 from tersenet.graph.copies import copied
 from tersenet.graph.example import checked, random_like
 from tersenet.graph.precision import full_float32
-from tersenet.lowering.assign import channels_last, chosen, kernels_offered, sizes_of
+from tersenet.lowering.assign import Assignment, channels_last, kernels_offered, sizes_of
 from tersenet.lowering.fold import fold_affine
 from tersenet.lowering.fuse import fuse
 from tersenet.lowering.halves import has_tiles
@@ -27,9 +27,10 @@ from tersenet.lowering.modules import TorchConvolution, TorchDomain
 from tersenet.lowering.parts import lower_parts, merged
 from tersenet.lowering.pools import with_pools
 from tersenet.lowering.program import program
+from tersenet.lowering.proven import Proof, Record, evidence
 from tersenet.lowering.report import LoweredReport
 from tersenet.lowering.segments import with_segments
-from tersenet.lowering.verdict import ORDERED, compare, faster_than_lowered, in_order, passes, sensitivity
+from tersenet.lowering.verdict import ORDERED, compared, faster_than_lowered, in_order, passes, sensitivity
 from tersenet.models.usable import unwrapped
 from tersenet.nn.quantized_operator import as_operator
 
@@ -149,25 +150,29 @@ def lower(
             return Lowered(network, None, merged(reports, str(error), len(inputs[0]), torch.get_num_threads()))
         folded = fold_affine(made)
         layers = fuse(made, linears=(half or choice == AMX_HALF) and has_tiles())
-        graph = owned(made)
+        graph, noise = owned(made), random_like(inputs, seed=0)
+        quantized = any(isinstance(layer, IntegerLayer) for layer in layers.values())
+        shown = None if quantized else evidence(model, graph, noise)
         if choice != "torch":
             with_pools(graph)
-        noise = random_like(inputs, seed=0)
         sizes = sizes_of(graph, layers, noise)
         offered = kernels_offered(half, choice, notes, layers.values())
-        found = chosen(graph, layers, sizes, offered, noise, choice)
+        assignment = Assignment(graph, layers, sizes, offered, noise, choice)
+        record = None if shown is None else Record(shown, layers, assignment.candidates)
+        known = None if record is None else record.read(limit)
+        judged = assignment.judged() if known is None else known.layers
+        found = assignment.take(judged)
         hand_on_levels(graph)
         with_segments(graph)
         other = Counter(operator_name(node) for node in graph.graph.nodes if node.op == "call_function")
         for name in ("sym_size", "getitem"):
             other.pop(name, None)
         batch, used = len(inputs[0]), torch.get_num_threads()
-        if tolerance is None and any(isinstance(layer, IntegerLayer) for layer in layers.values()):
+        if tolerance is None and quantized:
             limit = max(limit, _QUANTIZED_ERROR, _TIMES * sensitivity(model, noise))
-        error = 0.0
-        for size in (batch, batch + 1):
-            again = tuple(x if len(x) == size else torch.cat([x, x[:1]]) for x in noise)
-            error = max(error, compare(model, graph, again, size, limit))
+        error = known.error if known is not None else compared(model, graph, noise, limit)
+        if known is None and record is not None:
+            record.write(Proof(judged, error))
         times = passes(model, graph, found, layers, noise) if choice is None else {}
         best = faster_than_lowered(times) if times else None
         if best is not None:
@@ -225,7 +230,8 @@ def owned(made: fx.GraphModule) -> fx.GraphModule:
             module.register_buffer(name, parameter.detach())
         if not isinstance(module, (TorchConvolution, TorchDomain)):  # their weights are copies
             for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
-                setattr(module, name, channels_last(buffer.detach().clone()))
+                value = channels_last(buffer.detach())
+                setattr(module, name, value.clone() if value.data_ptr() == buffer.data_ptr() else value)
     return graph
 
 

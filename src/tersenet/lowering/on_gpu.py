@@ -33,7 +33,7 @@ from tersenet.lowering.layers import AnyLayer, DomainLayer, Layer, Pair
 from tersenet.lowering.lower import Lowered, operator_name, owned
 from tersenet.lowering.program import program
 from tersenet.lowering.report import LoweredLayer, LoweredReport
-from tersenet.lowering.verdict import LOWERED, ORDERED, ORIGINAL, compare, faster_than_lowered, in_order
+from tersenet.lowering.verdict import LOWERED, ORDERED, ORIGINAL, compared, faster_than_lowered, in_order
 from tersenet.measuring.turns import called_in_turns
 
 KERNELS = {
@@ -117,10 +117,7 @@ def lower_on_gpu(model: nn.Module, inputs: tuple[Tensor, ...], choice: str | Non
         other = Counter(operator_name(node) for node in graph.graph.nodes if node.op == "call_function")
         for name in ("sym_size", "getitem"):
             other.pop(name, None)
-        batch, error = len(inputs[0]), 0.0
-        for size in (batch, batch + 1):
-            again = tuple(x if len(x) == size else torch.cat([x, x[:1]]) for x in noise)
-            error = max(error, compare(model, graph, again, size, limit))
+        batch, error = len(inputs[0]), compared(model, graph, noise, limit)
         with convolutions(own):
             times = passes(model, graph, noise) if choice is None else {}
         best = faster_than_lowered(times) if times else None

@@ -57,9 +57,7 @@ def remembered(
         contenders: name -> contenders, as `measure` returns them.
         kernels: layers and choices that take part, so that times of older generated code are not taken.
     """
-    code = {key_of_code(algorithm) for algorithm in {_code(*one) for one in kernels if is_generated(one[1])}}
-    versions = (torch.__version__, torch.backends.cpu.get_cpu_capability(), installed("tersenet"))
-    key = repr((processor(), versions, torch.get_num_threads(), sorted(code), what)).encode()
+    key = machine_key(what, kernels)
     name = f"{kind}-{hashlib.sha256(key).hexdigest()[:24]}"
     expected = {one: sorted(found) for one, found in contenders.items()}
     known = _read(cache.read(name, key), expected)
@@ -67,6 +65,13 @@ def remembered(
         known = measure()
         cache.write(name, key, json.dumps(known).encode())
     return known
+
+
+def machine_key(what: object, kernels: Iterable[tuple[AnyLayer, str]]) -> bytes:
+    """`what` on this machine, with these versions, threads, and code of the layers' generated choices."""
+    code = {key_of_code(algorithm) for algorithm in {_code(*one) for one in kernels if is_generated(one[1])}}
+    versions = (torch.__version__, torch.backends.cpu.get_cpu_capability(), installed("tersenet"))
+    return repr((processor(), versions, torch.get_num_threads(), sorted(code), what)).encode()
 
 
 def _code(layer: AnyLayer, choice: str) -> Code:
