@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tersenet.kernels.amx import GROUP
+from tersenet.kernels.amx import GROUP, LINE
 from tersenet.kernels.generate import Algorithm
 from tersenet.kernels.product import QUAD
 from tersenet.kernels.scattered import GROUPS
@@ -71,6 +71,8 @@ def _parts(tiles: int, in_channels: int, outputs: int, threads: int) -> Plan:
     if tiles > _FEW_TILES:
         per_thread = tiles // (_UNITS_PER_THREAD * threads * GROUP)
         return Plan(GROUP * max(1, min(groups, per_thread)), False, outputs, 1)
+    if tiles > LINE * threads:  # what one thread transforms comes slowly to another one
+        return Plan(-(-tiles // threads), False, outputs if groups == _PARTS_GROUPS else 1, 1)
     return Plan(tiles, True, max(1, outputs // (_UNITS_PER_THREAD * threads)), 1)
 
 
