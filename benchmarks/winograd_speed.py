@@ -5,12 +5,12 @@
 A row is three equal layers with bias and ReLU behind each other, each with a weight of its own, so that weights come
 from as far as in a network; times are a third of that. Contenders run in turns, passes for 0.2 seconds before each
 timed one, so that it is one of many; `first_ms` is a single pass straight behind another contender's, of whose memory
-the second-level cache is full. They are `eager`, which packs its weight anew in
-every call, `direct`, oneDNN with the weight packed once, F2, F4 and F6, and `amx`, `F2 amx` and `F4 amx` where the
-processor has it; `direct bf16` and `amx half` are bfloat16, between layers too, `F2 amx half` in its products alone;
-they are compared with each other only. On one thread processor time counts, else wall time. `gflops` counts the
-direct convolution's operations for every contender, and `error` is the
-relative L2 distance of the third layer's result from float64.
+the second-level cache is full. They are `eager`, which packs its weight anew in every call, `direct`, oneDNN with the
+weight packed once, ncnn and MNN where they are installed, which have Winograd kernels too, F2, F4 and F6, and `amx`,
+`F2 amx` and `F4 amx` where the processor has it; `direct bf16` and `amx half` are bfloat16, between layers too, `F2 amx
+half` in its products alone; they are compared with each other only. On one thread processor time counts, else wall
+time. `gflops` counts the direct convolution's operations for every contender, and `error` is the relative L2 distance
+of the third layer's result from float64.
 
 Nothing else should run meanwhile. Writes winograd_speed.json beside this file after each row; a row that is in it, from
 the same environment, is not measured again. Six minutes for each number of threads.
@@ -24,9 +24,11 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,13 @@ from tersenet.environment import environment, installed
 from tersenet.lowering.halves import HalfModule
 from tersenet.lowering.layers import AMX_HALF, Layer, has_amx
 from tersenet.lowering.modules import build
+from tersenet.lowering.peers import PEERS
 from tersenet.measuring.turns import in_turns, warm_in_turns
 
 RESULT = Path(__file__).with_suffix(".json")
 DEPTH = 3
 CHOICES = {"eager": "torch", "direct": "direct", "F2": "F2", "F4": "F4", "F6": "F6"}
+PEERS_WITH_WINOGRAD = ("ncnn", "mnn")
 ON_AMX = ("amx", "F2 amx", "F4 amx", "amx half", "F2 amx half", "direct bf16")
 # Images, channels and side of the map: the layers of ResNet-18 and VGG-16, and some of them for eight images.
 SHAPES = (
@@ -58,7 +62,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="for each row")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    where = {**environment("cpu"), "llvmlite": installed("llvmlite"), "threads": max(options.threads)}
+    versions = {name: installed(name) for name in ("llvmlite", "ncnn", "MNN")}
+    where = {**environment("cpu"), **versions, "threads": max(options.threads)}
     result: dict[str, Any] = {
         "claim": "time of single 3x3 convolutions by Winograd's algorithm, beside direct ones",
         "command": " ".join(["python -m benchmarks.winograd_speed", *sys.argv[1:]]),
@@ -89,8 +94,8 @@ def measured(images: int, channels: int, side: int, rounds: int) -> dict[str, An
         Layer("", bound * torch.randn(channels, channels, 3, 3), torch.randn(channels), one, one, one, 1, False, "relu")
         for _ in range(DEPTH)
     ]
-    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
-    with torch.inference_mode():
+    clock = time.process_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         exact = x.double()
         for layer in layers:
             assert layer.bias is not None
@@ -108,12 +113,14 @@ def measured(images: int, channels: int, side: int, rounds: int) -> dict[str, An
                 runners[name] = chain([build(layer, "direct", size) for layer in rounded], x.bfloat16())
             else:
                 runners[name] = chain([build(layer, choice, size) for layer in layers], x)
+        runners |= peers(layers, x, Path(folder))
         errors = {name: float((run() - exact).norm() / exact.norm()) for name, run in runners.items()}
         found = {name: [t / DEPTH for t in taken] for name, taken in warm_in_turns(runners, rounds, clock).items()}
         first = {name: statistics.median(taken) / DEPTH for name, taken in in_turns(runners, rounds, clock).items()}
     times = {name: statistics.median(taken) for name, taken in found.items()}
     winograd = min(("F2", "F4", "F6"), key=times.__getitem__)
     best = min((winograd, *ON_AMX[:3]), key=lambda name: times.get(name, math.inf))
+    others = [name for name in ("eager", "direct", *PEERS_WITH_WINOGRAD) if name in times]
     operations = 2 * 9 * images * channels**2 * side**2
     return {
         "images": images,
@@ -126,13 +133,30 @@ def measured(images: int, channels: int, side: int, rounds: int) -> dict[str, An
         "gflops": {name: operations / taken / 1e6 for name, taken in times.items()},
         "best": best,
         "best_winograd": winograd,
-        "times_faster": {name: times[name] / times[best] for name in ("eager", "direct")},
-        "winograd_times_faster": {name: times[name] / times[winograd] for name in ("eager", "direct")},
+        "times_faster": {name: times[name] / times[best] for name in others},
+        "winograd_times_faster": {name: times[name] / times[winograd] for name in others},
         "half_times_faster": {
             name: times["direct bf16"] / times[name] for name in ("amx half", "F2 amx half") if name in times
         },
         "error": errors,
     }
+
+
+def peers(layers: list[Layer], x: Tensor, folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """The same layers on the runtimes that are installed."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    with torch.inference_mode(False):
+        network = nn.Sequential()
+        for layer in layers:
+            outputs, inputs = layer.weight.shape[:2]
+            plain = nn.Conv2d(inputs, outputs, 3, padding=1).requires_grad_(False)
+            plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+            network.extend([plain, nn.ReLU()])
+    for name in PEERS_WITH_WINOGRAD:
+        if find_spec("MNN" if name == "mnn" else name) is not None:
+            run = PEERS[name](network.eval(), (x.contiguous(),), torch.get_num_threads(), folder, False)
+            found[name] = lambda run=run: run()[0]
+    return found
 
 
 def chain(modules: list[nn.Module], x: Tensor) -> Callable[[], Tensor]:

@@ -79,7 +79,12 @@ def isa_of(kept: str, name: str | None = None) -> Isa:
 
     Raises: TersenetError where that is not to be had.
     """
-    return host().amx() if kept in PARTS else host().isa(name)
+    if kept not in PARTS:
+        return host().isa(name)
+    found = host().amx()
+    if name not in (None, found.name):
+        raise TersenetError(f"isa (={name}) must be {found.name} for a weight kept as {kept!r}, or be left out")
+    return found
 
 
 def generate(algorithm: Algorithm) -> str:

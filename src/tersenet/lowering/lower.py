@@ -27,7 +27,7 @@ from tersenet.lowering.modules import TorchConvolution, TorchDomain
 from tersenet.lowering.parts import lower_parts, merged
 from tersenet.lowering.pools import with_pools
 from tersenet.lowering.program import program
-from tersenet.lowering.proven import Proof, Record, evidence
+from tersenet.lowering.proven import Proof, ProofFile, evidence
 from tersenet.lowering.report import LoweredReport
 from tersenet.lowering.segments import with_segments
 from tersenet.lowering.verdict import ORDERED, compared, faster_than_lowered, in_order, passes, sensitivity
@@ -158,8 +158,8 @@ def lower(
         sizes = sizes_of(graph, layers, noise)
         offered = kernels_offered(half, choice, notes, layers.values())
         assignment = Assignment(graph, layers, sizes, offered, noise, choice)
-        record = None if shown is None else Record(shown, layers, assignment.candidates)
-        known = None if record is None else record.read(limit)
+        kept = None if shown is None else ProofFile(shown, layers, assignment.candidates)
+        known = None if kept is None else kept.read(limit)
         judged = assignment.judged() if known is None else known.layers
         found = assignment.take(judged)
         hand_on_levels(graph)
@@ -171,8 +171,8 @@ def lower(
         if tolerance is None and quantized:
             limit = max(limit, _QUANTIZED_ERROR, _TIMES * sensitivity(model, noise))
         error = known.error if known is not None else compared(model, graph, noise, limit)
-        if known is None and record is not None:
-            record.write(Proof(judged, error))
+        if known is None and kept is not None:
+            kept.write(Proof(judged, error))
         times = passes(model, graph, found, layers, noise) if choice is None else {}
         best = faster_than_lowered(times) if times else None
         if best is not None:

@@ -50,7 +50,7 @@ def evidence(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Any, ...]) -
     return f"{kind.__module__}.{kind.__qualname__}", digest.hexdigest(), _own_code()
 
 
-class Record:
+class ProofFile:
     """Where the proof of a network is kept."""
 
     def __init__(

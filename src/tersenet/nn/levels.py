@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
+from tersenet.nn.switch import Switch
 from tersenet.ops.fake_quantize import Rounding, round_to
 
-_as_operators = False
-
-
-@contextmanager
-def as_operators() -> Generator[None]:
-    """Inside, rounding to 16 bits or fewer is one operator of its own in each direction, which a converter can name."""
-    global _as_operators
-    before, _as_operators = _as_operators, True
-    try:
-        yield
-    finally:
-        _as_operators = before
+_switch = Switch("rounding as operators")
+as_operators = _switch.on
+"""Inside, rounding to 16 bits or fewer is one operator of its own in each direction, which a converter can name."""
 
 
 @torch.library.custom_op("tersenet::quantize_linear", mutates_args=())
@@ -86,7 +75,7 @@ class Levels(nn.Module):
     def integers(self, values: Tensor) -> Tensor:
         """The levels of `values`, from -2^(bits - 1) to 2^(bits - 1) - 1."""
         low, high = self.rounding.lowest, self.rounding.highest
-        if not _as_operators:
+        if not _switch.is_on():
             return (values / self.whole).round_().clamp_(low, high).to(self.zero.dtype)
         if self.factor is not None:
             values = values / self.factor
@@ -97,7 +86,7 @@ class Levels(nn.Module):
 
     def values(self, levels: Tensor) -> Tensor:
         """The numbers that levels stand for."""
-        if not _as_operators or self.rounding.bits > 16:
+        if not _switch.is_on() or self.rounding.bits > 16:
             return levels.to(self.scale.dtype) * self.whole
         found = dequantize_linear(levels, self.scale, self.zero, self.axis)
         return found if self.factor is None else found * self.factor
@@ -105,7 +94,7 @@ class Levels(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         # As `FakeQuantizer`: in 16 bits a small scale would be zero.
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        if not _as_operators or self.rounding.bits > 16:
+        if not _switch.is_on() or self.rounding.bits > 16:
             return round_to(wide, self.whole, self.rounding).to(values.dtype)
         return self.values(self.integers(wide)).to(values.dtype)
 

@@ -6,9 +6,7 @@ programs stay free of operators of ours.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,28 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from tersenet.nn.switch import Switch
 from tersenet.ops.fake_quantize import Rounding, round_to
 from tersenet.ops.winograd import assembled, products, transformed
 from tersenet.ops.winograd_tiles import Geometry, input_tiles, reach
 
-# Of each thread: one that records must not switch it on or off for another.
-_as_operator = ContextVar("as_operator", default=False)
 STAGES = ("input", "transformed", "product", "output")
 
 
-def is_operator() -> bool:
-    """Whether this is inside `as_operator`. Never where torch.compile reads the code: it knows no such variables."""
-    return not torch.compiler.is_dynamo_compiling() and _as_operator.get()
-
-
-@contextmanager
-def as_operator() -> Generator[None]:
-    """Inside, every folded quantized layer that this thread calls is one call of the operator."""
-    token = _as_operator.set(True)
-    try:
-        yield
-    finally:
-        _as_operator.reset(token)
+_switch = Switch("quantized layers as operators")
+is_operator = _switch.is_on
+as_operator = _switch.on
+"""Inside, every folded quantized layer that this thread calls is one call of the operator."""
 
 
 @dataclass(frozen=True)

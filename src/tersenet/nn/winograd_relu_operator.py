@@ -6,33 +6,20 @@ programs stay free of operators of ours.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from tersenet.nn.switch import Switch
 from tersenet.ops.winograd import kronecker
 from tersenet.ops.winograd_relu import Activation, winograd_relu_conv2d
 from tersenet.ops.winograd_tiles import Geometry
 
-_as_operator = False
-
-
-def is_operator() -> bool:
-    """Whether this is inside `as_operator`."""
-    return _as_operator
-
-
-@contextmanager
-def as_operator() -> Generator[None]:
-    """Inside, every `WinogradReLUConv2d` whose ReLU has moved is one call of the operator."""
-    global _as_operator
-    before, _as_operator = _as_operator, True
-    try:
-        yield
-    finally:
-        _as_operator = before
+_switch = Switch("layers of the Winograd domain as operators")
+is_operator = _switch.is_on
+as_operator = _switch.on
+"""Inside, every `WinogradReLUConv2d` that this thread calls, and whose ReLU has moved, is one call of the operator."""
 
 
 def geometry_of(tile: int, taps: int, padding: Sequence[int]) -> Geometry:
