@@ -6,11 +6,12 @@ A row is three equal layers with bias and ReLU behind each other, each with a we
 from as far as in a network; times are a third of that. Contenders run in turns, passes for 0.2 seconds before each
 timed one, so that it is one of many; `first_ms` is a single pass straight behind another contender's, of whose memory
 the second-level cache is full. They are `eager`, which packs its weight anew in every call, `direct`, oneDNN with the
-weight packed once, ncnn and MNN where they are installed, which have Winograd kernels too, F2, F4 and F6, and `amx`,
-`F2 amx` and `F4 amx` where the processor has it; `direct bf16` and `amx half` are bfloat16, between layers too, `F2 amx
-half` in its products alone; they are compared with each other only. On one thread processor time counts, else wall
-time. `gflops` counts the direct convolution's operations for every contender, and `error` is the relative L2 distance
-of the third layer's result from float64.
+weight packed once, on one thread ncnn and MNN where they are installed, which have Winograd kernels too (on two, their
+threads wait actively and slow down all others), F2, F4 and F6, and `amx`, `F2 amx` and `F4 amx` where the processor has
+it; `direct bf16` and `amx half` are bfloat16, between layers too, `F2 amx half` in its products alone; they are
+compared with each other only. On one thread processor time counts, else wall time. `gflops` counts the direct
+convolution's operations for every contender, and `error` is the relative L2 distance of the third layer's result from
+float64.
 
 Nothing else should run meanwhile. Writes winograd_speed.json beside this file after each row; a row that is in it, from
 the same environment, is not measured again. Six minutes for each number of threads.
@@ -113,7 +114,8 @@ def measured(images: int, channels: int, side: int, rounds: int) -> dict[str, An
                 runners[name] = chain([build(layer, "direct", size) for layer in rounded], x.bfloat16())
             else:
                 runners[name] = chain([build(layer, choice, size) for layer in layers], x)
-        runners |= peers(layers, x, Path(folder))
+        if torch.get_num_threads() == 1:
+            runners |= peers(layers, x, Path(folder))
         errors = {name: float((run() - exact).norm() / exact.norm()) for name, run in runners.items()}
         found = {name: [t / DEPTH for t in taken] for name, taken in warm_in_turns(runners, rounds, clock).items()}
         first = {name: statistics.median(taken) / DEPTH for name, taken in in_turns(runners, rounds, clock).items()}

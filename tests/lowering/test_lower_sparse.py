@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tersenet.lowering import choose
 from tersenet.lowering.assign import distance
 from tersenet.lowering.layers import SPARSE, DomainLayer, has_amx
 from tersenet.lowering.modules import build, reference
+from tersenet.lowering.on_gpu import fits as fits_gpu
 from tersenet.methods.base import Context
 from tersenet.methods.sparse_winograd import SparseWinograd
 from tersenet.models.build import build as network
@@ -53,7 +55,8 @@ def as_layer(module: WinogradReLUConv2d, residual: bool, activation: str) -> Dom
     bias = None if module.bias is None else module.bias.detach()
     assert isinstance(module.settings.points, str)
     what = (module.settings.points, module.settings.relu, module.geometry)
-    return DomainLayer("layer", weight, bias, at, bt, *what, residual, activation)
+    threshold = module.activation.threshold
+    return DomainLayer("layer", weight, bias, at, bt, *what, residual, activation, threshold=threshold)
 
 
 @settings(max_examples=20, deadline=None)
@@ -98,6 +101,26 @@ def test_each_kernel_of_a_layer(
                 found = kernel(x, *added)
                 assert float((found - expected).norm()) <= limit * (float(y.norm()) + y.numel() ** 0.5)
         assert not any(layer.fits(name) for name in ("direct", "F6", f"F{6 - m}", f"F{6 - m} half"))
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_a_threshold(m: int) -> None:
+    torch.manual_seed(0)
+    module = domain(20, 40, 0.3, tile=m, relu=False, threshold=0.5).eval()
+    layer = as_layer(module, False, "relu")
+    x = torch.randn(2, 20, 13, 9).relu().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = module(x).relu()
+        without = build(replace(layer, threshold=0.0), "torch", tuple(x.shape))(x)
+        assert float((without - expected).norm()) > 1e-3 * float(expected.norm())
+        for name in ("torch", f"F{m}", *SPARSE, *([f"F{m} amx"] if has_amx() else [])):
+            kernel = build(layer, name, tuple(x.shape))
+            for _ in range(2):
+                assert float((kernel(x) - expected).norm()) <= 1e-4 * float(expected.norm()), name
+    assert layer.kind.startswith(f"F({m}, 3) cut 0.5 20 -> 40")
+    assert layer.shape != replace(layer, threshold=0.25).shape
+    assert not fits_gpu(layer, f"F{m}")
+    assert fits_gpu(replace(layer, threshold=0.0), f"F{m}")
 
 
 class Net(nn.Module):
@@ -264,7 +287,7 @@ def test_the_operator() -> None:
     at, _, bt = layer.transforms()
     for x in (torch.rand(2, 3, 7, 8), torch.rand(2, 3, 7, 8).contiguous(memory_format=torch.channels_last)):
         weight = layer.weight.detach()
-        arguments = (x, weight, layer.bias.detach(), layer.mask, at, bt, "reference", 2, True, [0, 1, 2, 1])  # pyright: ignore
+        arguments = (x, weight, layer.bias.detach(), layer.mask, at, bt, "reference", 2, True, [0, 1, 2, 1], 0.0)  # pyright: ignore
         torch.library.opcheck(OPERATOR, arguments, test_utils=("test_schema", "test_faketensor"))
         assert torch.equal(OPERATOR(*arguments), layer(x))
     x = torch.rand(2, 3, 7, 8)

@@ -31,7 +31,8 @@ TASKS = ("run_private", "run_input", "run_product")
 class Algorithm:
     """F(m x m, 3 x 3) on one set of vector instructions, with weights kept as "float", as "half" or, for AMX, in two
     bfloat16 "parts" or rounded to "bfloat16"; of a pruned one only what is left: "sparse" in blocks of a vector of
-    output channels, "scattered" one by one. `relu`: a ReLU between the input transform and the product.
+    output channels, "scattered" one by one. `relu`: a ReLU between the input transform and the product; `threshold`:
+    what is no further than that from zero becomes zero there.
 
     Raises:
         TersenetError: another m; half weights where the processor can't convert them; bfloat16 ones on anything but
@@ -43,6 +44,7 @@ class Algorithm:
     weight: str = "float"
     points: str = POINTS
     relu: bool = False
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.m not in OUTPUTS:
@@ -57,7 +59,7 @@ class Algorithm:
 
     @property
     def name(self) -> str:
-        relu = "-relu" if self.relu else ""
+        relu = "-relu" if self.relu else f"-cut{self.threshold!r}" if self.threshold else ""
         return f"winograd-f{self.m}-{self.points}-{self.weight}{relu}-{self.isa.name}"
 
     @property
@@ -94,7 +96,7 @@ def generate(algorithm: Algorithm) -> str:
     wide = f'"prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
     module = Module(algorithm.isa.width, wide)
     transforms = algorithm.transforms
-    input_transforms(module, transforms, algorithm.relu, algorithm.parts)
+    input_transforms(module, transforms, algorithm.relu, algorithm.parts, algorithm.threshold)
     output_transforms(module, transforms)
     if algorithm.weight == "scattered":
         scattered_kernels(module, algorithm.isa)

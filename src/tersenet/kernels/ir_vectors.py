@@ -90,6 +90,14 @@ class Vectors(ABC):
         below = self.op(f"fcmp olt {v} {a}, zeroinitializer")
         return self.op(f"select <{self.module.width} x i1> {below}, {v} zeroinitializer, {v} {a}")
 
+    def vcut(self, a: str, threshold: float) -> str:
+        """`a`, but zero where it is no further than that from zero; what is not a number stays so."""
+        v, width = self.module.vector, self.module.width
+        below = self.op(f"fcmp ole {v} {a}, {self.splat(threshold)}")
+        above = self.op(f"fcmp oge {v} {a}, {self.splat(-threshold)}")
+        inside = self.op(f"and <{width} x i1> {below}, {above}")
+        return self.op(f"select <{width} x i1> {inside}, {v} zeroinitializer, {v} {a}")
+
     def vgated(self, a: str, gate: str) -> str:
         """`a`, but zero where the gate is zero or below."""
         v = self.module.vector

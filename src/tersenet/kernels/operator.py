@@ -22,7 +22,7 @@ from tersenet.kernels.winograd import BOUNDS, Tables, run
 _library = torch.library.Library("tersenet", "FRAGMENT")
 _library.define(
     "winograd_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor? residual, SymInt[2] padding, int out_channels, "
-    "int m, str isa, str activation, str points='lavin', bool relu=False) -> Tensor"
+    "int m, str isa, str activation, str points='lavin', bool relu=False, float threshold=0.0) -> Tensor"
 )
 
 
@@ -58,7 +58,7 @@ def winograd_conv2d(
     algorithm = packed.algorithm
     return torch.ops.tersenet.winograd_conv2d(
         x, packed.weight, packed.bias, residual, padding, packed.out_channels,
-        algorithm.m, algorithm.isa.name, activation, algorithm.points, algorithm.relu,
+        algorithm.m, algorithm.isa.name, activation, algorithm.points, algorithm.relu, algorithm.threshold,
     )  # fmt: skip
 
 
@@ -74,8 +74,9 @@ def _cpu(
     activation: str,
     points: str = POINTS,
     relu: bool = False,
+    threshold: float = 0.0,
 ) -> Tensor:
-    algorithm = _algorithm(m, isa, weight.dtype, weight.shape[-1:], points, relu)
+    algorithm = _algorithm(m, isa, weight.dtype, weight.shape[-1:], points, relu, threshold)
     pads = (padding[0], padding[1])
     _check(x, weight, bias, residual, pads, out_channels, algorithm, activation)
     return run(x, Tables(weight, bias), residual, pads, out_channels, algorithm, activation)
@@ -112,13 +113,15 @@ torch.library.register_autograd("tersenet::winograd_conv2d", no_backward, lib=_l
 
 
 @functools.lru_cache(maxsize=256)
-def _algorithm(m: int, isa: str, weight: torch.dtype, channels: tuple[int, ...], points: str, relu: bool) -> Algorithm:
+def _algorithm(
+    m: int, isa: str, weight: torch.dtype, channels: tuple[int, ...], points: str, relu: bool, threshold: float
+) -> Algorithm:
     """`channels`: the last size of a packed weight, which tells one bfloat16 part from two."""
     own = host().isa(isa)
     kept = {kind: name for name, kind in WEIGHT_TYPES.items()}.get(weight, "float")
     if weight == torch.bfloat16 and channels == (2 * own.channels,):
         kept = "parts"
-    return Algorithm(m, own, kept, points, relu)
+    return Algorithm(m, own, kept, points, relu, threshold)
 
 
 def _check(

@@ -77,6 +77,7 @@ def pack_domain(
     points: str = POINTS,
     relu: bool = False,
     kept: str = "float",
+    threshold: float = 0.0,
 ) -> Packed:
     """Pack a weight that is in the Winograd domain already, zeros and all.
 
@@ -88,11 +89,12 @@ def pack_domain(
         points: Of the transforms that the weight was trained with.
         relu: Whether the layer has its ReLU behind the input transform.
         kept: "float", "half", "parts" or "bfloat16", see `pack`.
+        threshold: What is no further than that from zero behind the input transform counts as zero.
 
     Raises:
         TersenetError: another shape, empty or not on the CPU; m, isa or a kind of weight that is not offered.
     """
-    algorithm = Algorithm(m, isa_of(kept, isa), kept, points, relu)
+    algorithm = Algorithm(m, isa_of(kept, isa), kept, points, relu, threshold)
     check_domain(weight, bias, algorithm)
 
     def transformed(outputs: slice) -> Tensor:

@@ -49,6 +49,7 @@ def pack_sparse(
     points: str = POINTS,
     relu: bool = False,
     kept: str = "sparse",
+    threshold: float = 0.0,
 ) -> SparsePacked:
     """Pack a weight of the Winograd domain: only what is not zero.
 
@@ -61,11 +62,12 @@ def pack_sparse(
         relu: Whether the layer has its ReLU behind the input transform.
         kept: "sparse": in blocks of one input channel by a vector of output channels, which are kept whole;
             "scattered": single weights, for masks that leave hardly any block empty.
+        threshold: What is no further than that from zero behind the input transform counts as zero.
 
     Raises:
         TersenetError: another shape, empty or not on the CPU; m or isa that is not offered.
     """
-    algorithm = Algorithm(m, host().isa(isa), kept, points, relu)
+    algorithm = Algorithm(m, host().isa(isa), kept, points, relu, threshold)
     check_domain(weight, bias, algorithm)
     _, inputs, outputs = weight.shape
     weight = weight.detach().float()

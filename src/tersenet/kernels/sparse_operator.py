@@ -19,7 +19,8 @@ from tersenet.kernels.winograd import Tables, run
 _library = torch.library.Library("tersenet", "FRAGMENT")
 _library.define(
     "sparse_winograd_conv2d(Tensor x, Tensor weight, Tensor list, Tensor starts, Tensor bias, Tensor? residual, "
-    "SymInt[2] padding, int out_channels, int m, str points, bool relu, str isa, str activation) -> Tensor"
+    "SymInt[2] padding, int out_channels, int m, str points, bool relu, str isa, str activation, "
+    "float threshold=0.0) -> Tensor"
 )
 
 
@@ -52,7 +53,7 @@ def sparse_winograd_conv2d(
     algorithm = packed.algorithm
     return torch.ops.tersenet.sparse_winograd_conv2d(
         x, packed.weight, packed.list, packed.starts, packed.bias, residual, padding, packed.out_channels,
-        algorithm.m, algorithm.points, algorithm.relu, algorithm.isa.name, activation,
+        algorithm.m, algorithm.points, algorithm.relu, algorithm.isa.name, activation, algorithm.threshold,
     )  # fmt: skip
 
 
@@ -70,8 +71,9 @@ def _cpu(
     relu: bool,
     isa: str,
     activation: str,
+    threshold: float = 0.0,
 ) -> Tensor:
-    algorithm = _algorithm(m, isa, "scattered" if weight.ndim == 1 else "sparse", points, relu)
+    algorithm = _algorithm(m, isa, "scattered" if weight.ndim == 1 else "sparse", points, relu, threshold)
     pads = (padding[0], padding[1])
     check_call(x, residual, pads, out_channels, activation)
     _check_tables(weight, list, starts, bias, x.shape[1], out_channels, algorithm)
@@ -98,8 +100,8 @@ torch.library.register_autograd("tersenet::sparse_winograd_conv2d", no_backward,
 
 
 @functools.lru_cache(maxsize=256)
-def _algorithm(m: int, isa: str, weight: str, points: str, relu: bool) -> Algorithm:
-    return Algorithm(m, host().isa(isa), weight, points, relu)
+def _algorithm(m: int, isa: str, weight: str, points: str, relu: bool, threshold: float) -> Algorithm:
+    return Algorithm(m, host().isa(isa), weight, points, relu, threshold)
 
 
 def _check_tables(

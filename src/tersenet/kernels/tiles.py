@@ -17,7 +17,9 @@ from tersenet.kernels.linear import apply
 from tersenet.ops.cook_toom import Transforms
 
 
-def input_transforms(module: Module, transforms: Transforms, relu: bool, parts: int = 0) -> None:
+def input_transforms(
+    module: Module, transforms: Transforms, relu: bool, parts: int = 0, threshold: float = 0.0
+) -> None:
     """`input_inner` and `input_careful`: B^T d B of one tile, with `relu` its ReLU. Tap k goes to `%v` + k `v_tap`;
     with `parts` 2 as high and low bfloat16 numbers, these `v_low` behind those, with 1 rounded to one.
 
@@ -31,7 +33,7 @@ def input_transforms(module: Module, transforms: Transforms, relu: bool, parts: 
     columns = [f.mul(c["x_column"], j) for j in range(t)]
     _next_tile(f, transforms, rows, c["x_column"])
     half = [apply(f, transforms.bt, [f.vload(f.offset(row, column)) for row in rows]) for column in columns]
-    _taps_of_input(f, transforms, relu, c, half, parts)
+    _taps_of_input(f, transforms, relu, threshold, c, half, parts)
 
     f = module.function(
         "input_careful", "ptr %context, ptr noalias %x, ptr noalias %v, i64 %top, i64 %left, i64 %channels"
@@ -53,7 +55,7 @@ def input_transforms(module: Module, transforms: Transforms, relu: bool, parts: 
                 lambda: ["zeroinitializer"] * t,
             )
         )
-    _taps_of_input(f, transforms, relu, c, half, parts)
+    _taps_of_input(f, transforms, relu, threshold, c, half, parts)
 
 
 def output_transforms(module: Module, transforms: Transforms) -> None:
@@ -106,13 +108,19 @@ def _half_column(f: Function, transforms: Transforms, places: list[str], masks: 
 
 
 def _taps_of_input(
-    f: Function, transforms: Transforms, relu: bool, c: ContextReader, half: list[list[str]], parts: int
+    f: Function,
+    transforms: Transforms,
+    relu: bool,
+    threshold: float,
+    c: ContextReader,
+    half: list[list[str]],
+    parts: int,
 ) -> None:
-    """(B^T d) B, or its ReLU; `half` has the columns of B^T d."""
+    """(B^T d) B, or its ReLU, or what of it is further than `threshold` from zero; `half` has the columns of B^T d."""
     t = transforms.t
     for i in range(t):
         for j, value in enumerate(apply(f, transforms.bt, [column[i] for column in half])):
-            value = f.vpositive(value) if relu else value
+            value = f.vpositive(value) if relu else f.vcut(value, threshold) if threshold else value
             place = f.offset("%v", f.mul(c["v_tap"], i * t + j))
             if parts:
                 lines = (place, f.offset(place, c["v_low"]))[:parts]

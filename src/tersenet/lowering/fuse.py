@@ -93,7 +93,7 @@ def _plain(made: fx.GraphModule, node: fx.Node, dtype: torch.dtype = torch.float
 def _domain(made: fx.GraphModule, node: fx.Node) -> Callable[..., DomainLayer] | None:
     """The same for a layer with its weight in the Winograd domain; its mask becomes zeros."""
     args: Any = node.args
-    _, *tensors, points, tile, relu, padding = args
+    _, *tensors, points, tile, relu, padding, threshold = args
     weight, bias, mask, at, bt = (constant(made, tensor) for tensor in tensors)
     hidden = any((value is None) != (given is None) for value, given in zip((bias, mask), tensors[1:3], strict=True))
     if weight is None or at is None or bt is None or hidden or weight.dtype != torch.float32:
@@ -106,6 +106,7 @@ def _domain(made: fx.GraphModule, node: fx.Node) -> Callable[..., DomainLayer] |
         bt=bt.clone(),
         points=points,
         relu=relu,
+        threshold=threshold,
         geometry=geometry_of(tile, len(bt), padding),
     )
 

@@ -117,7 +117,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class DomainLayer:
-    """activation(A^T [sum over C_in of W * V] A + bias + residual) with V = B^T d B, or its ReLU, for every tile d.
+    """activation(A^T [sum over C_in of W * V] A + bias + residual) with V = B^T d B for every tile d, or its ReLU, or
+    what of it is further than `threshold` from zero.
 
     `weight` (t t, C_in, C_out) is in the Winograd domain, zero where it is pruned; `bias` (C_out,), A^T (m, t), B^T
     (t, t). `points` is the name of the set that these come from, if it has one. `reuse` as of `Layer`.
@@ -134,6 +135,7 @@ class DomainLayer:
     residual: bool
     activation: str
     reuse: bool = False
+    threshold: float = 0.0
 
     @property
     def hindrance(self) -> str | None:
@@ -161,7 +163,7 @@ class DomainLayer:
         """Of a Winograd choice, on this processor. Raises: TersenetError where there are no kernels."""
         assert self.points is not None
         kept = choice if choice in SPARSE else WINOGRAD[choice][1]
-        return Algorithm(self.geometry.tile, isa_of(kept), kept, self.points, self.relu)
+        return Algorithm(self.geometry.tile, isa_of(kept), kept, self.points, self.relu, self.threshold)
 
     @cached_property
     def density(self) -> float:
@@ -179,7 +181,7 @@ class DomainLayer:
         """As of `Layer`; how much is pruned decides too. Where it is matters little: layers of one density share
         times."""
         kept = (round(self.density, 2), *(round(self.blocks(width), 2) for width in (4, 16)))
-        what = (self.points, self.relu, self.geometry, kept)
+        what = (self.points, self.relu, self.threshold, self.geometry, kept)
         return (tuple(self.weight.shape), self.bias is not None, *what)
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
@@ -189,7 +191,7 @@ class DomainLayer:
     @property
     def kind(self) -> str:
         """Such as `F(2, 3) relu 64 -> 128 + residual, relu`; the first ReLU is that of the Winograd domain."""
-        inside = " relu" if self.relu else ""
+        inside = " relu" if self.relu else f" cut {self.threshold:g}" if self.threshold else ""
         text = f"F({self.geometry.tile}, {self.geometry.taps}){inside} {self.weight.shape[1]} -> {self.weight.shape[2]}"
         return text + _epilogue(self.residual, self.activation)
 

@@ -71,7 +71,7 @@ class TorchDomain(nn.Module):
         self.register_buffer("bias", layer.bias)
         self.register_buffer("aa", kronecker(layer.at))
         self.register_buffer("bb", kronecker(layer.bt))
-        self._settings = (layer.geometry, Winograd(layer.relu))
+        self._settings = (layer.geometry, Winograd(layer.relu, threshold=layer.threshold))
         self._activation = ACTIVATIONS[layer.activation]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -242,7 +242,9 @@ def build(layer: AnyLayer, choice: str, size: tuple[int, ...]) -> nn.Module:
     if isinstance(layer, DomainLayer):
         made = layer.algorithm(choice)
         settings = (layer.bias, made.m, made.isa.name, made.points, made.relu)
-        packed = (pack_sparse if choice in SPARSE else pack_domain)(layer.weight, *settings, made.weight)
+        packed = (pack_sparse if choice in SPARSE else pack_domain)(
+            layer.weight, *settings, made.weight, layer.threshold
+        )
         return WinogradConvolution(packed, layer.sides, layer.activation, layer.reuse)
     if choice == "direct":
         return DirectConvolution(layer, size)

@@ -158,6 +158,8 @@ def kernels_offered(
     for layer in layers:
         if isinstance(layer, DomainLayer) and layer.hindrance is not None:
             notes.append(f"no Triton kernels for {layer.name}: {layer.hindrance}")
+        elif isinstance(layer, DomainLayer) and layer.threshold:
+            notes.append(f"no Triton kernels for {layer.name}: they know no threshold")
     if reason := problem(None if interpreted() else device):
         notes.append(f"no Triton kernels: {reason}")
         return []
@@ -168,7 +170,7 @@ def fits(layer: AnyLayer, choice: str) -> bool:
     """Whether the Triton kernel `choice` can compute this."""
     if isinstance(layer, DomainLayer):
         own = layer.density < 1 if choice == SPARSE else KERNELS[choice][0] == layer.geometry.tile
-        return own and layer.hindrance is None
+        return own and layer.hindrance is None and not layer.threshold
     return isinstance(layer, Layer) and choice in KERNELS and layer.fits_winograd
 
 

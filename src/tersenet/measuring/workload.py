@@ -149,7 +149,7 @@ def _count(count: _Count, layer: MaskedWeight, x: Tensor) -> None:
         at = layer.geometry
         r = layer.kernel_size
         spatial = _patches(relu, (r, r), (1, 1), (1, 1), at.padding)
-        native = used if not layer.settings.relu else layer.transformed(x, Activation(True, 1.0)).ne(0)
+        native = layer.transformed(relu, Activation(False)).ne(0)
         baselines = {"spatial": int(spatial.sum()) * outputs, "native": int(native.sum()) * outputs}
     elif isinstance(layer, MaskedLinear):
         used = x.reshape(1, -1, x.shape[-1]).ne(0)

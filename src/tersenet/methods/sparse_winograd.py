@@ -84,6 +84,9 @@ class SparseWinograd(TrainingMethod):
     """Linear layers: `dense`, as they are (the paper); pruned too, `hidden`, but the one that runs last, or `all`."""
     spatial_gradient: bool = False
     """Multiply the gradient by G G^T on both sides: steps are then those of training the filters themselves."""
+    threshold: float = Field(default=0.0, ge=0)
+    """Of `native` layers: what is no further than this from zero behind the input transform becomes zero, so that
+    activations have zeros there as with `winograd_relu`. Behind batch norm and a ReLU 0.25 leaves half of them."""
     include: tuple[str, ...] = ("*",)
     """Layers, by name pattern, `position:first` or `position:last` of the convolutions; linear ones by name."""
     exclude: tuple[str, ...] = ("position:first",)
@@ -100,6 +103,8 @@ class SparseWinograd(TrainingMethod):
             raise ValueError("`score: importance` weighs the taps of the Winograd domain; spatial pruning has none")
         if self.mode != "winograd_relu" and self.move:
             raise ValueError(f"nothing moves with `mode: {self.mode}`: drop `move`")
+        if self.threshold and self.mode != "native" and self.others != "native":
+            raise ValueError(f"`threshold` is for native layers, and there are none with `mode: {self.mode}`")
         if self.mode == "spatial" and (self.init != "transform" or self.spatial_gradient):
             raise ValueError("`init` and `spatial_gradient` are for weights in the Winograd domain")
         if self.linear != "dense" and self.goal is None and not self.densities:
@@ -128,7 +133,8 @@ class SparseWinograd(TrainingMethod):
 
     @property
     def layer_settings(self) -> WinogradReLUSettings:
-        return WinogradReLUSettings(tile=self.tile, points=self.points, relu=self.mode == "winograd_relu")
+        relu = self.mode == "winograd_relu"
+        return WinogradReLUSettings(tile=self.tile, points=self.points, relu=relu, threshold=self.threshold)
 
     def apply(self, graph: ModelGraph, context: Context) -> None:
         """Restores the network if anything fails."""

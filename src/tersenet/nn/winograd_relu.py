@@ -26,8 +26,8 @@ class WinogradReLUConv2d(MaskedWeight):
 
     The weight (t t, C_in, C_out), tap = t * row + column, is free: t * t numbers for each pair of channels. With
     `settings.relu` off the layer is linear, and with W = G g G^T it is the convolution by g: the paper's `native`
-    network, which keeps its ReLU before the layer. Any map and padding; stride 1. Backward keeps the input, the weight
-    and its mask. Computed in float32 under autocast too.
+    network, which keeps its ReLU before the layer; a threshold makes zeros there too. Any map and padding; stride 1.
+    Backward keeps the input, the weight and its mask. Computed in float32 under autocast too.
 
     spatial_share: of the ReLU before the transform in place of the one behind it, 0 to 1. At 1 the layer is the
         ReLU and convolution that it came from; a warm start moves it to 0. No part of what is saved.
@@ -123,17 +123,19 @@ class WinogradReLUConv2d(MaskedWeight):
         self._check(x)
         if is_direct():
             return self._direct(x)
-        if is_operator() and not (self.settings.relu and self.spatial_share):
+        act = self.activation
+        if is_operator() and not (act.relu and act.share):
             return self._operator(x)
         # Half precision would cost F(4, 3) two digits.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             aa, bb = self._matrices(x)
-            what = (self.geometry, self.activation, self.transforms.exact)
+            what = (self.geometry, act, self.transforms.exact)
             return winograd_relu_conv2d(x, self.weight, self.mask, self.bias, aa, bb, *what)
 
     @property
     def activation(self) -> Activation:
-        return Activation(self.settings.relu, self.spatial_share)
+        settings = self.settings
+        return Activation(settings.relu, self.spatial_share, 0.0 if settings.relu else settings.threshold)
 
     def transformed(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """V (t t, P, C_in) of x, as it meets the weight; P counts images and tiles. For counting what is zero."""
@@ -163,11 +165,13 @@ class WinogradReLUConv2d(MaskedWeight):
         at, _, bt = self.transforms(torch.promote_types(x.dtype, torch.float32))
         named = self.settings.points if isinstance(self.settings.points, str) else None
         padding = [side for sides in self.padding for side in sides]
-        what = (named, self.settings.tile, self.settings.relu, padding)
+        what = (named, self.settings.tile, self.settings.relu, padding, self.activation.threshold)
         return winograd_relu_operator(x, self.weight, self.bias, self.mask, at, bt, *what)
 
     def extra_repr(self) -> str:
         exact, relu = self.transforms.exact, "ReLU in the Winograd domain" if self.settings.relu else "no ReLU"
+        if self.activation.threshold:
+            relu = f"zeros up to {self.activation.threshold:g}"
         sparse = "" if self.mask is None else ", masked"
         sizes = f"{self.in_channels}, {self.out_channels}, F({exact.m}, {exact.r})"
         return f"{sizes}, padding={self.padding}, {relu}{sparse}"

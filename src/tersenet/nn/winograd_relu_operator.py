@@ -33,7 +33,7 @@ def geometry_of(tile: int, taps: int, padding: Sequence[int]) -> Geometry:
     "tersenet::winograd_relu_conv2d",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor at, Tensor bt, str? points, int tile, "
-    "bool relu, int[] padding) -> Tensor",
+    "bool relu, int[] padding, float threshold) -> Tensor",
 )
 def winograd_relu_operator(
     x: Tensor,
@@ -46,14 +46,16 @@ def winograd_relu_operator(
     tile: int,
     relu: bool,
     padding: Sequence[int],
+    threshold: float,
 ) -> Tensor:
     """x (N, C_in, H, W), weight and mask (t t, C_in, C_out), A^T (m, t), B^T (t, t) -> (N, C_out, H', W').
 
-    `points` is the name of the set that the transforms come from, if it has one; `padding` (top, bottom, left, right).
+    `points` is the name of the set that the transforms come from, if it has one; `padding` (top, bottom, left, right);
+    `threshold` as of `Activation`.
     """
     geometry = geometry_of(tile, len(bt), padding)
     matrices = (kronecker(at), kronecker(bt))
-    return winograd_relu_conv2d(x, weight, mask, bias, *matrices, geometry, Activation(relu))
+    return winograd_relu_conv2d(x, weight, mask, bias, *matrices, geometry, Activation(relu, threshold=threshold))
 
 
 @winograd_relu_operator.register_fake
@@ -68,6 +70,7 @@ def _(
     tile: int,
     relu: bool,
     padding: Sequence[int],
+    threshold: float,
 ) -> Tensor:
     geometry = geometry_of(tile, len(bt), padding)
     shape = (x.shape[0], weight.shape[2], geometry.out(x.shape[2], 0), geometry.out(x.shape[3], 1))

@@ -3,11 +3,11 @@
     tiles D (t t, P, C)   Z = BB D   V = share BB relu(D) + (1 - share) relu(Z)   product M = V W   output Y = AA M
 
 with the weight W (t t, C, K) free: t t numbers for each pair of channels, none of a spatial filter. `share` 0 is the
-paper's layer, `share` 1 an ordinary ReLU before a Winograd convolution; without a ReLU V is Z. For backward only the
-input, the weight and its mask are kept: all else is computed again.
+paper's layer, `share` 1 an ordinary ReLU before a Winograd convolution; without a ReLU V is Z, or what of Z is further
+than a threshold from zero. For backward only the input, the weight and its mask are kept: all else is computed again.
 
 Source: Liu et al., Efficient Sparse-Winograd Convolutional Neural Networks, ICLR 2018, equation 2 and its gradients.
-Differs: any tile, any map size and padding; the mixture with the spatial ReLU is ours.
+Differs: any tile, any map size and padding; the mixture with the spatial ReLU and the threshold are ours.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import hardshrink
 
 from tersenet.ops.cook_toom import Transforms
 from tersenet.ops.winograd_passes import Passes, TorchPasses, passes_for
@@ -25,10 +26,13 @@ from tersenet.ops.winograd_tiles import Geometry, copy_image
 
 
 class Activation(NamedTuple):
-    """What comes between the image and the product. `share` of the spatial ReLU, the rest is the Winograd domain's."""
+    """What comes between the image and the product. `share` of the spatial ReLU, the rest is the Winograd domain's.
+    `threshold`: without a ReLU, what is no further from zero than this is zero; gradients of the input know nothing of
+    it."""
 
     relu: bool = True
     share: float = 0.0
+    threshold: float = 0.0
 
 
 def winograd_relu_conv2d(
@@ -103,7 +107,9 @@ def _order(x: Tensor) -> torch.memory_format:
 def _activated(passes: Passes, x: Tensor, act: Activation) -> tuple[Tensor, Tensor | None]:
     """V, and where it is cut off by a ReLU of its own the taps whose sign tells that."""
     if not act.relu:
-        return passes.taps(x, False), None
+        v = passes.taps(x, False)
+        # The input's gradient goes past it: one that stops where V is zero does not train networks from random weights.
+        return hardshrink(v, act.threshold) if act.threshold else v, None
     if act.share == 1:
         return passes.taps(x.clamp(min=0), False), None
     gate = passes.taps(x, True)

@@ -76,9 +76,10 @@ def dense_on_gpu(
     activation: str,
     points: str = POINTS,
     relu: bool = False,
+    threshold: float = 0.0,
 ) -> Tensor:
     """`torch.ops.tersenet.winograd_conv2d` for CUDA tensors. Raises: TersenetError for what does not fit together."""
-    algorithm = _algorithm(m, weight.dtype, isa, points, relu)
+    algorithm = _algorithm(m, weight.dtype, isa, points, relu, threshold)
     pads = (padding[0], padding[1])
     check_call(x, residual, pads, out_channels, activation, weight.dtype)
     wide, high = padded_channels(x.shape[1], out_channels)
@@ -102,13 +103,14 @@ def sparse_on_gpu(
     relu: bool,
     isa: str,
     activation: str,
+    threshold: float = 0.0,
 ) -> Tensor:
     """`torch.ops.tersenet.sparse_winograd_conv2d` for CUDA tensors. The numbers in `list` and `starts` are not looked
     at: wrong ones give a wrong result, but the kernels read nothing outside of their tensors.
 
     Raises: TersenetError for what does not fit together.
     """
-    algorithm = _algorithm(m, weight.dtype, isa, points, relu)
+    algorithm = _algorithm(m, weight.dtype, isa, points, relu, threshold)
     pads = (padding[0], padding[1])
     check_call(x, residual, pads, out_channels, activation, weight.dtype)
     _, high = padded_channels(x.shape[1], out_channels)
@@ -126,7 +128,9 @@ _library.impl("sparse_winograd_conv2d", sparse_on_gpu, "CUDA")
 
 
 @functools.lru_cache(maxsize=256)
-def _algorithm(m: int, dtype: torch.dtype, isa: str, points: str, relu: bool) -> GpuAlgorithm:
+def _algorithm(m: int, dtype: torch.dtype, isa: str, points: str, relu: bool, threshold: float) -> GpuAlgorithm:
+    if threshold:
+        raise TersenetError(f"the kernels for a GPU have no threshold (={threshold:g}) behind the input transform")
     return GpuAlgorithm(m, dtype, isa, points, relu)
 
 
