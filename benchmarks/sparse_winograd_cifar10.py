@@ -11,8 +11,8 @@ The first layer stays dense and where it was.
 `native_filters` is the native network trained by the steps of its filters (`spatial_gradient`), and `zeros_T` that with
 activations up to T set to zero behind the input transform (`threshold`). `warm` is a Winograd-ReLU network that starts
 from the trained spatial one, with that as the teacher: six passes more at half of the rate, and the ReLUs move in the
-first quarter of them. `spatial_on` and `zeros_T_on` are the spatial network trained on in the same way, as it is and
-with its seven layers as those of `zeros_T`.
+first quarter of them. `spatial_on`, `native_on` and `zeros_T_on` are the spatial network trained on in the same way, as
+it is and with its seven layers as those of `native_filters` and `zeros_T`.
 Then networks are pruned in steps, every step from the one before with its mask and with it as the teacher, and trained
 for two passes at a fifth of the rate; density 1 is the same training without pruning. Workloads are counted on 500 test
 images.
@@ -73,6 +73,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "zeros_0.25_on": {"mode": "native", "spatial_gradient": True, "threshold": 0.25},
     "zeros_0.5_on": {"mode": "native", "spatial_gradient": True, "threshold": 0.5},
     "spatial_on": {"mode": "spatial"},
+    "native_on": {"mode": "native", "spatial_gradient": True},
 }
 """What is trained, by name."""
 NETWORKS: tuple[tuple[str, float | None], ...] = (
@@ -91,6 +92,7 @@ NETWORKS: tuple[tuple[str, float | None], ...] = (
     ("zeros_0.25_on", None),
     ("zeros_0.5_on", None),
     ("zeros_0.25_on", 0.4),
+    ("native_on", None),
 )
 """In this order: (form, density); None is the dense network, 1 the one that was trained on without pruning."""
 
