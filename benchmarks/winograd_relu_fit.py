@@ -96,7 +96,7 @@ def main() -> None:
     atomic.write_text(RESULT, json.dumps(found, indent=1) + "\n")
 
 
-def converted(options: argparse.Namespace, seed: int, threshold: float) -> dict[str, float]:
+def converted(options: argparse.Namespace, seed: int, threshold: float) -> dict[str, float | None]:
     """The whole network, native with these zeros."""
     model, data = artifact.load(options.work / f"spatial-{seed}-dense"), data_of(options.data, seed)
     assert data.test is not None
@@ -106,7 +106,7 @@ def converted(options: argparse.Namespace, seed: int, threshold: float) -> dict[
         place = int(name.split(".")[1])
         features[place] = WinogradReLUConv2d.from_conv(plain(features[place]), settings)
     model.eval()
-    row: dict[str, float] = {
+    row: dict[str, float | None] = {
         "seed": seed,
         "threshold": threshold,
         "top1": evaluate(model, data.test, device=CPU, loss=data.loss).top1,
@@ -128,7 +128,7 @@ def seen(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
     place = int(name.split(".")[1])
     features = model.get_submodule("features")
     assert isinstance(features, nn.Sequential)
-    before = list(features[:place])
+    before = list(features.children())[:place]
     last = max(at for at, part in enumerate(before) if isinstance(part, nn.ReLU))
     parts: list[tuple[Tensor, Tensor]] = []
     for x in images.split(125):
