@@ -84,6 +84,12 @@ def test_a_threshold_without_native_layers_is_refused(settings: dict[str, Any]) 
         SparseWinograd(fit=FIT, threshold=0.5, **settings)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("threshold", [-0.1, float("inf"), float("nan")])
+def test_a_threshold_is_a_finite_number_from_zero_on(threshold: float) -> None:
+    with pytest.raises(ValidationError, match="threshold"):
+        SparseWinograd(fit=FIT, mode="native", threshold=threshold)  # pyright: ignore[reportArgumentType]
+
+
 def test_with_moved_relus_only_the_other_layers_have_it() -> None:
     model = net()
     applied(model, others="native", threshold=0.5)

@@ -147,10 +147,11 @@ class Assignment:
         return found
 
     def take(self, found: Mapping[str, Judged]) -> tuple[LoweredLayer, ...]:
-        """Put the kernels into the graph, and say which they are."""
+        """Put the kernels into the graph, and say which they are. The last thing that can be asked of it."""
         modules = {target: self._kernel(target, found[target].choice) for target in self._layers}
         for target, module in modules.items():
             self._graph.add_module(target, module)
+        self._built.clear()  # packed weights that nobody runs
         narrow = set_narrow(self._graph, modules)
         rows: list[LoweredLayer] = []
         for target, layer in self._layers.items():

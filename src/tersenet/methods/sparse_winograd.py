@@ -84,7 +84,7 @@ class SparseWinograd(TrainingMethod):
     """Linear layers: `dense`, as they are (the paper); pruned too, `hidden`, but the one that runs last, or `all`."""
     spatial_gradient: bool = False
     """Multiply the gradient by G G^T on both sides: steps are then those of training the filters themselves."""
-    threshold: float = Field(default=0.0, ge=0)
+    threshold: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Of `native` layers: what is no further than this from zero behind the input transform becomes zero, so that
     activations have zeros there as with `winograd_relu`. Behind batch norm and a ReLU 0.25 leaves half of them."""
     include: tuple[str, ...] = ("*",)

@@ -23,5 +23,5 @@ class WinogradReLUSettings(BaseModel):
     Signs matter: the ReLU sees them."""
     relu: bool = True
     """Whether the layer has a ReLU of its own, behind the input transform. Without, it is the `native` layer."""
-    threshold: float = Field(default=0.0, ge=0)
+    threshold: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Of the `native` layer: what is no further than this from zero behind the input transform becomes zero."""
