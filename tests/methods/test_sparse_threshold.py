@@ -69,8 +69,9 @@ def test_workload_counts_the_zeros_that_it_makes() -> None:
     assert first.exact < 0.8 * before["pooled"].exact
     assert first.native == before["pooled"].native
     own = cut.get_submodule("pooled")
+    assert isinstance(own, WinogradReLUConv2d)
     seen: list[Tensor] = []
-    handle = own.register_forward_pre_hook(lambda module, given: seen.append(module.transformed(given[0])))
+    handle = own.register_forward_pre_hook(lambda module, given: seen.append(own.transformed(given[0])))
     batches = [x for x, _ in data().test.batches(0)][:2]  # pyright: ignore[reportOptionalMemberAccess]
     for x in batches:
         cut(x)
